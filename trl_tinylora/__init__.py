@@ -1,0 +1,11 @@
+"""TinyLoRA for TRL: "Learning to Reason in 13 Parameters" (arXiv:2602.04118) as a PEFT method for TRL's trainers."""
+
+from .config import TinyLoraConfig, TinyLoraPeftType
+from .model import TinyLoraModel
+from .registration import register
+from .version import __version__
+
+
+__all__ = ["TinyLoraConfig", "TinyLoraModel", "TinyLoraPeftType", "__version__", "register"]
+
+register()

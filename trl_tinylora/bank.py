@@ -1,0 +1,255 @@
+"""
+The trained values, held once for all modules, and the gradient sink that makes their gradient arrive once.
+
+A tied vector is a leaf that hundreds of modules use. Ordinary autograd under reentrant checkpointing fires such a leaf
+once per checkpointed block, which breaks DeepSpeed ZeRO-2 and 3 and is silently wrong under DDP. So the leaf is used in
+one place:
+
+* before the first adapted block, every module's R = sum_k v_k P_k is computed in one product, without a graph;
+* in each layer, a small Function ([`MixingStep`]) adds the gradient of its R to a side buffer;
+* at that first place a Function ([`GradientSink`]) hands the hidden states on unchanged. Its backward runs when those of
+  all layers behind it have run: it turns the buffer into the gradient of v.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from .config import TinyLoraConfig
+from .decomposition import basis_projections, gaussian_projections, mix, unmix
+from .tying import assign_groups, count_groups
+
+
+class TinyLoraLayer(BaseTunerLayer):
+    """What PEFT finds by type when it switches, deletes or merges adapters: the bank and the adapted layers."""
+
+
+class Vectors(nn.Module):
+    """
+    The trained values of one adapter, with what turns them into every module's R.
+
+    Args:
+        config ([`TinyLoraConfig`]): The adapter's configuration.
+        names (`list[str]`): Names of the adapted modules in depth order.
+        device (`torch.device`): Where the values live.
+    """
+
+    def __init__(self, config: TinyLoraConfig, names: list[str], device: torch.device):
+        super().__init__()
+        shape = (count_groups(names, config.n_tie, config.tying), config.u)
+        # TRL casts every trainable parameter of a quantised model to bfloat16, where small updates stall, unless its
+        # name holds this token (trl v1.16.0, trl/trainer/grpo_trainer.py:536-541).
+        self.lora_magnitude_vector = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device))
+        if config.projection == "basis":
+            projections = basis_projections(config.u, config.r).expand(len(names), -1, -1, -1)
+        else:
+            projections = torch.stack(
+                [gaussian_projections(name, config.u, config.r, config.projection_seed) for name in names]
+            )
+        groups = torch.tensor(assign_groups(names, config.n_tie, config.tying))
+        self.register_buffer("projections_MKRR", projections.to(device), persistent=False)
+        self.register_buffer("groups_M", groups.to(device), persistent=False)
+        self.mixing_MRR = None
+        self.grad_MRR = None
+        self.computed_from = None
+
+    @property
+    def values_GK(self) -> torch.Tensor:
+        """v, shape (groups, u), dtype float32."""
+        return self.lora_magnitude_vector
+
+    def refresh(self) -> None:
+        """Computes every module's R from the present values, without a graph."""
+        with torch.no_grad(), torch.autocast(self.values_GK.device.type, enabled=False):
+            dtype = torch.promote_types(self.values_GK.dtype, torch.float32)
+            self.mixing_MRR = mix(self.values_GK.to(dtype), self.groups_M, self.projections_MKRR.to(dtype))
+        self.computed_from = self._state_of_values()
+
+    @torch.no_grad()
+    def mixing(self, index: int) -> torch.Tensor:
+        """Returns R of one module from the present values.
+
+        Args:
+            index (`int`): Position of the module among the adapted ones.
+
+        Returns:
+            `torch.Tensor` of shape `(r, r)`, dtype float32 or wider.
+        """
+        dtype = torch.promote_types(self.values_GK.dtype, torch.float32)
+        one = slice(index, index + 1)
+        return mix(self.values_GK.to(dtype), self.groups_M[one], self.projections_MKRR[one].to(dtype))[0]
+
+    def current_mixing(self, index: int) -> torch.Tensor:
+        """Returns R of one module as of the forward pass under way.
+
+        Args:
+            index (`int`): Position of the module among the adapted ones.
+
+        Returns:
+            `torch.Tensor` of shape `(r, r)`.
+
+        Raises:
+            RuntimeError: If the layer was reached without a pass through the first adapted block.
+        """
+        if self.mixing_MRR is None or self.computed_from != self._state_of_values():
+            raise RuntimeError(
+                "an adapted layer was called outside the model's forward pass: TinyLoRA computes every module's update "
+                "where the hidden states enter the first adapted block. Call the whole model."
+            )
+        return self.mixing_MRR[index]
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Prepares the pass that these hidden states begin, and puts the gradient sink on them.
+
+        Args:
+            hidden (`torch.Tensor`): What enters the first adapted block.
+
+        Returns:
+            `torch.Tensor`: The same values.
+        """
+        self.refresh()
+        if not (torch.is_grad_enabled() and self.values_GK.requires_grad):
+            return hidden
+        # Zero outside a backward pass: only one that failed half-way leaves something behind.
+        if self.grad_MRR is None or torch._C._current_graph_task_id() == -1:
+            self.grad_MRR = torch.zeros_like(self.mixing_MRR)
+        return GradientSink.apply(hidden, self.values_GK, self)
+
+    def collect(self) -> torch.Tensor:
+        """Returns the gradient of the values from what the layers' backward passes left, and empties the buffer."""
+        grad = unmix(self.grad_MRR, self.groups_M, self.projections_MKRR.to(self.grad_MRR.dtype), len(self.values_GK))
+        self.grad_MRR.zero_()
+        return grad.to(self.values_GK.dtype)
+
+    def _state_of_values(self) -> tuple:
+        return self.values_GK.data_ptr(), self.values_GK._version
+
+    def _apply(self, fn, recurse=True):
+        # The side buffers follow the module to another device or dtype by being made anew there.
+        self.mixing_MRR = self.grad_MRR = self.computed_from = None
+        return super()._apply(fn, recurse)
+
+
+class GradientSink(torch.autograd.Function):
+    """Identity on the hidden states, whose backward gives the values their gradient: once per backward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden, values_GK, vectors):
+        ctx.vectors = vectors
+        return hidden.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_hidden):
+        return grad_hidden, ctx.vectors.collect() if ctx.needs_input_grad[1] else None, None
+
+
+class MixingStep(torch.autograd.Function):
+    """`h -> h R^T` for one module; its backward adds the gradient of R to the side buffer that the sink empties."""
+
+    @staticmethod
+    def forward(ctx, hidden_R, mixing_RR, vectors, index):
+        ctx.save_for_backward(hidden_R)
+        ctx.mixing_RR, ctx.vectors, ctx.index = mixing_RR, vectors, index
+        return hidden_R @ mixing_RR.mT
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_R):
+        (hidden_R,) = ctx.saved_tensors
+        grad_RR = grad_R.flatten(0, -2).mT @ hidden_R.flatten(0, -2)
+        buffer = ctx.vectors.grad_MRR
+        buffer[ctx.index].add_(grad_RR.to(buffer.device, buffer.dtype))
+        return (grad_R @ ctx.mixing_RR if ctx.needs_input_grad[0] else None), None, None, None
+
+
+class TinyLoraBank(nn.Module, TinyLoraLayer):
+    """
+    Holds the vectors of every adapter on a model, registered once.
+
+    To PEFT it is one more adapter layer, so that switching, freezing, deleting and saving adapters are PEFT's own.
+    """
+
+    adapter_layer_names = ("trl_tinylora_v",)
+
+    def __init__(self):
+        super().__init__()
+        self.trl_tinylora_v = nn.ModuleDict()
+        self.merged_adapters = []
+
+    def add(self, adapter_name: str, vectors: Vectors) -> None:
+        """Takes in an adapter's vectors.
+
+        Args:
+            adapter_name (`str`): A name that is not yet taken.
+            vectors ([`Vectors`]): Its values.
+        """
+        self.trl_tinylora_v[adapter_name] = vectors
+
+    def before_first_block(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Forward pre-hook of the first adapted block: every active adapter's R, and the sink on the hidden states.
+
+        Args:
+            module (`torch.nn.Module`): The block.
+            args (`tuple`): Its positional arguments.
+            kwargs (`dict`): Its keyword arguments.
+
+        Returns:
+            `tuple[tuple, dict]`: The arguments with the hidden states put through the sink.
+
+        Raises:
+            RuntimeError: If the block gets no hidden states, or runs as a replica of `torch.nn.DataParallel`.
+        """
+        if self.disable_adapters or self.merged_adapters:
+            return args, kwargs
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError(
+                "`torch.nn.DataParallel` is not supported: its replicas would share one gradient buffer. Start with "
+                "`accelerate launch` (one process per GPU), or let the process see one GPU (CUDA_VISIBLE_DEVICES=0)."
+            )
+        active = [self.trl_tinylora_v[name] for name in self.active_adapters if name in self.trl_tinylora_v]
+        for vectors in active:
+            args, kwargs = _replace_hidden(module, args, kwargs, vectors)
+        return args, kwargs
+
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Notes that the layers were merged; they do it themselves.
+
+        Args:
+            safe_merge (`bool`, *optional*): Of no effect here.
+            adapter_names (`list[str]`, *optional*): Adapters; the active ones by default.
+        """
+        names = self.active_adapters if adapter_names is None else adapter_names
+        self.merged_adapters.extend(name for name in names if name not in self.merged_adapters)
+
+    def unmerge(self) -> None:
+        """Notes that the layers were unmerged."""
+        self.merged_adapters.clear()
+
+    @property
+    def weight(self) -> None:
+        """The bank adapts no weight of its own; PEFT asks every adapter layer for one."""
+        return None
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # The values stay where they were made, in float32.
+        if device is not None and adapter_name in self.trl_tinylora_v:
+            self.trl_tinylora_v[adapter_name].to(device)
+
+
+def _replace_hidden(module: nn.Module, args: tuple, kwargs: dict, vectors: Vectors) -> tuple[tuple, dict]:
+    for position, value in enumerate(args):
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            return (*args[:position], vectors(value), *args[position + 1 :]), kwargs
+    for key in ("hidden_states", "inputs_embeds", "x", "input"):
+        if isinstance(kwargs.get(key), torch.Tensor):
+            return args, {**kwargs, key: vectors(kwargs[key])}
+    raise RuntimeError(
+        f"{type(module).__name__} was called without hidden states as its first argument or as `hidden_states`; "
+        f"got {len(args)} positional arguments and {sorted(kwargs)}. TinyLoRA cannot be placed before this block."
+    )

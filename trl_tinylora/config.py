@@ -1,0 +1,293 @@
+"""`TinyLoraConfig`: every field of a TinyLoRA adapter, and every check of a value that needs no model."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Literal, Optional, Union
+
+from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+from .tying import TYINGS, nearest_budget
+
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PretrainedConfig
+
+
+PROJECTIONS = ("gaussian", "basis")
+
+
+class TinyLoraPeftType(str, Enum):
+    """The name under which the tuner stands in PEFT's registries; PEFT's own `TINYLORA` is another formula."""
+
+    TRL_TINYLORA = "TRL_TINYLORA"
+
+
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an integer, got {value!r} of type {type(value).__name__}.")
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {value}.")
+
+
+@dataclass
+class TinyLoraConfig(PeftConfig):
+    """
+    Configuration of a TinyLoRA adapter: ceil(modules / n_tie) * u trained values.
+
+    Every adapted weight W becomes `W' = W + U S (sum_k v_k P_k) V^T` (Morris et al., arXiv:2602.04118, section 4), with
+    U, S, V the truncated SVD of W at rank `r`, P fixed random matrices, and v the `u` trained values that `n_tie`
+    modules share. There is no scaling factor. v starts at zero, so that the adapted model starts as the base model.
+
+    Differences from `peft.TinyLoraConfig`: S stands on the U side only (there its square root stands on both sides),
+    `n_tie` is an exact number of modules (there `weight_tying` is a ratio), and each module's P comes from its name.
+
+    Args:
+        r (`int`, *optional*, defaults to `2`):
+            Rank of the frozen truncated SVD, `1 <= r <= min(out_features, in_features)` of every adapted module. The
+            paper uses 2 in all main experiments (section 7). A rank that a module does not have is an error.
+        u (`int`, *optional*, defaults to `1`):
+            Trained values per group of modules. Beyond `r * r * n_tie` further values only rescale the step.
+        n_tie (`int` or `"all"`, *optional*, defaults to `1`):
+            Modules that share one vector v. The last group of a kind is smaller where the number does not divide.
+            `"all"` shares among all modules (`tying="tiled"`) or among all modules of a type (`tying="structured"`).
+        tying (`str`, *optional*, defaults to `"tiled"`):
+            Which modules share: `"tiled"`, consecutive modules in depth order whatever their type; `"structured"`,
+            modules of one type at consecutive depths (section 6.5).
+        projection (`str`, *optional*, defaults to `"gaussian"`):
+            `"gaussian"`: P ~ N(0, 1/r), its own for every module (the paper does not state the distribution).
+            `"basis"`: P_k is the k-th matrix of the standard basis of the r x r matrices, at most `r * r` of them; with
+            `u=r*r, n_tie=1` this is LoRA-XS.
+        projection_seed (`int`, *optional*, defaults to `0`):
+            Seed of the Gaussian projections, `0 <= projection_seed < 2**32`. With the module's name it determines P.
+        target_modules (`list[str]` or `str`, *optional*, defaults to `"all-linear"`):
+            Modules to adapt, with PEFT's meaning: a list of names or name endings, a regular expression, or
+            `"all-linear"` (every linear layer but the output embedding).
+        exclude_modules (`list[str]` or `str`, *optional*):
+            Modules not to adapt: a list of names or name endings, or a regular expression.
+        layers_to_transform (`list[int]` or `int`, *optional*):
+            Indexes of the layers to adapt; needs `target_modules` as a list.
+        layers_pattern (`list[str]` or `str`, *optional*):
+            Name of the list of layers that `layers_to_transform` counts in, where it is not found by itself.
+        modules_to_save (`list[str]`, *optional*):
+            Modules trained and saved in full beside the adapter.
+        trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
+            Token embeddings trained and saved beside the adapter.
+        task_type, inference_mode, base_model_name_or_path, revision:
+            As in every PEFT configuration.
+
+    Raises:
+        TypeError: If `r`, `u` or `n_tie` is not an integer.
+        ValueError: If a value is out of its range; the message names the value and the bound.
+
+    Example:
+
+    ```python
+    >>> from trl import GRPOConfig, GRPOTrainer
+    >>> from trl_tinylora import TinyLoraConfig
+
+    >>> trainer = GRPOTrainer(
+    ...     model="Qwen/Qwen2.5-7B-Instruct",
+    ...     reward_funcs=reward,
+    ...     args=GRPOConfig(learning_rate=1e-4),
+    ...     train_dataset=dataset,
+    ...     peft_config=TinyLoraConfig(n_tie=16),  # 13 trained values
+    ... )
+    ```
+    """
+
+    r: int = field(default=2, metadata={"help": "Rank of the frozen truncated SVD."})
+    u: int = field(default=1, metadata={"help": "Trained values per group of modules."})
+    n_tie: Union[int, str] = field(
+        default=1, metadata={"help": "Number of modules that share one vector of trained values, or 'all'."}
+    )
+    tying: Literal["tiled", "structured"] = field(
+        default="tiled",
+        metadata={"help": "Which modules share: 'tiled' (consecutive ones) or 'structured' (of one type)."},
+    )
+    projection: Literal["gaussian", "basis"] = field(
+        default="gaussian", metadata={"help": "The fixed matrices P: 'gaussian', or 'basis' (LoRA-XS at u=r*r)."}
+    )
+    projection_seed: int = field(default=0, metadata={"help": "Seed of the Gaussian projections."})
+    target_modules: Optional[Union[list[str], str]] = field(
+        default="all-linear", metadata={"help": "Modules to adapt: names, a regular expression, or 'all-linear'."}
+    )
+    exclude_modules: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Modules not to adapt: names or a regular expression."}
+    )
+    layers_to_transform: Optional[Union[list[int], int]] = field(
+        default=None, metadata={"help": "Indexes of the layers to adapt."}
+    )
+    layers_pattern: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Name of the list of layers that `layers_to_transform` counts in."}
+    )
+    modules_to_save: Optional[list[str]] = field(
+        default=None, metadata={"help": "Modules trained and saved in full beside the adapter."}
+    )
+    trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = field(
+        default=None, metadata={"help": "Token embeddings trained and saved beside the adapter."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = TinyLoraPeftType.TRL_TINYLORA
+        _check_count("r", self.r)
+        _check_count("u", self.u)
+        if self.n_tie != "all":
+            if isinstance(self.n_tie, str):
+                raise ValueError(f'`n_tie` must be an integer or "all", got {self.n_tie!r}.')
+            _check_count("n_tie", self.n_tie)
+        if self.tying not in TYINGS:
+            raise ValueError(f"`tying` must be one of {TYINGS}, got {self.tying!r}.")
+        if self.projection not in PROJECTIONS:
+            raise ValueError(f"`projection` must be one of {PROJECTIONS}, got {self.projection!r}.")
+        if not 0 <= self.projection_seed < 2**32:
+            raise ValueError(f"`projection_seed` must lie in [0, 2**32), got {self.projection_seed}.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("`layers_pattern` needs `layers_to_transform`; set both or neither.")
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError(
+                "`layers_to_transform` needs `target_modules` as a list of names, for example "
+                f"['q_proj', 'v_proj'], got {self.target_modules!r}."
+            )
+        if self.projection == "basis" and self.u > self.r**2:
+            raise ValueError(
+                f'`projection="basis"` has r * r = {self.r**2} matrices, got u={self.u}. Lower `u` or raise `r`.'
+            )
+        if isinstance(self.n_tie, int):
+            self.warn_if_redundant(self.n_tie)
+        # PEFT keeps names as sets and patterns as strings.
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+
+    def warn_if_redundant(self, modules_per_group: int) -> None:
+        """Warns where a group has more trained values than directions to move in.
+
+        Args:
+            modules_per_group (`int`): Modules in the largest group.
+        """
+        freedom = self.r**2 * modules_per_group
+        if self.u > freedom:
+            warnings.warn(
+                f"u={self.u} is more than the r*r*n_tie = {freedom} degrees of freedom of a group of "
+                f"{modules_per_group} module(s) at r={self.r}: the values beyond that only rescale the step. "
+                f"Lower `u` to {freedom}, or raise `r`.",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    @classmethod
+    def for_budget(
+        cls, model: Union[nn.Module, PretrainedConfig], n_values: int, *, exact: bool = False, **fields
+    ) -> TinyLoraConfig:
+        """
+        Returns the configuration that trains `n_values` values on this model, tying as few modules as possible.
+
+        The number of values is ceil(modules / n_tie) * u (section 4). Among the configurations with the wanted number
+        the one with the smallest `n_tie` is taken, so that `u` falls to 1 before more modules are tied, as the paper
+        advises (section 6.5, appendix A.1). Where none has the wanted number, the nearest one is returned with a
+        warning that names its number.
+
+        Args:
+            model (`torch.nn.Module` or `transformers.PretrainedConfig`):
+                The model to be adapted, or its configuration: no weights are loaded.
+            n_values (`int`): Number of trained values, at least 1.
+            exact (`bool`, *optional*, defaults to `False`): Whether to raise where no configuration has the number.
+            **fields: Other fields of the configuration; `u` or `n_tie` given here are kept.
+
+        Returns:
+            [`TinyLoraConfig`]
+
+        Raises:
+            ValueError: If `n_values` is below 1, or not to be had and `exact=True`.
+        """
+        from .targets import resolve_target_modules, skeleton
+
+        _check_count("n_values", n_values)
+        fixed_u, fixed_n_tie = fields.pop("u", None), fields.pop("n_tie", None)
+        draft = cls(**fields)
+        names = resolve_target_modules(skeleton(model), draft)
+        u, n_tie, count = nearest_budget(
+            names,
+            n_values,
+            r=draft.r,
+            tying=draft.tying,
+            modules_add_freedom=draft.projection == "gaussian",
+            u=fixed_u,
+            n_tie=fixed_n_tie,
+        )
+        if count != n_values:
+            message = (
+                f"no TinyLoRA configuration with r={draft.r} and tying={draft.tying!r} on {len(names)} modules trains "
+                f"exactly {n_values} values; the nearest, u={u} and n_tie={n_tie!r}, trains {count}."
+            )
+            if exact:
+                raise ValueError(message[0].upper() + message[1:])
+            warnings.warn(message[0].upper() + message[1:], UserWarning, stacklevel=2)
+        return cls(u=u, n_tie=n_tie, **fields)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: Optional[str] = None, **kwargs):
+        """
+        Loads the configuration of an adapter folder, after a look at whether that folder can be loaded at all.
+
+        Args:
+            pretrained_model_name_or_path (`str`): Local folder or Hub repository.
+            subfolder (`str`, *optional*): Folder within it.
+            **kwargs: Passed on to PEFT (`token`, `revision`, `cache_dir`, ...).
+
+        Returns:
+            [`TinyLoraConfig`]
+
+        Raises:
+            ValueError: If the folder holds the adapter of another method, or a truncated or foreign weights file.
+        """
+        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if not isinstance(config, cls):
+            raise ValueError(
+                f"{folder} holds an adapter of type {getattr(config.peft_type, 'value', config.peft_type)}, not "
+                f"{TinyLoraPeftType.TRL_TINYLORA.value}. Load it with `peft.PeftModel.from_pretrained`."
+            )
+        weights = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+        if os.path.isfile(weights):
+            try:
+                with safe_open(weights, framework="pt"):
+                    pass
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{weights} is no complete safetensors file ({error}; {os.path.getsize(weights)} bytes). It was "
+                    "truncated or altered: copy it again, or take an earlier checkpoint."
+                ) from error
+        return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs) -> dict:
+        """
+        Reads a configuration file.
+
+        Args:
+            path_json_file (`str`): Path of the file.
+            **kwargs: Passed on to PEFT.
+
+        Returns:
+            `dict`: The fields.
+
+        Raises:
+            ValueError: If the file is no complete JSON.
+        """
+        try:
+            return super().from_json_file(path_json_file, **kwargs)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path_json_file} is no complete JSON file ({error}). It was truncated or altered: copy it again."
+            ) from error

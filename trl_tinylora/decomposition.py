@@ -1,0 +1,175 @@
+"""
+The mathematics of TinyLoRA as pure functions of tensors (Morris et al., arXiv:2602.04118, section 4).
+
+    W' = W + U S (sum_k v_k P_k) V^T
+
+| symbol | name here        | shape                                                |
+|--------|------------------|------------------------------------------------------|
+| W      | `weight_OI`      | out_features x in_features, frozen                   |
+| U S    | `left_OR`        | out_features x r, frozen: S stands on the U side     |
+| V^T    | `right_RI`       | r x in_features, frozen                              |
+| P      | `projections_KRR`| u x r x r, frozen, its own for each module           |
+| v      | `values_GK`      | groups x u, trained                                  |
+| R      | `mixing_RR`      | r x r, sum_k v_k P_k                                 |
+
+Suffixes name the dimensions: O out, I in, R rank, K values of a group (the paper's u), G groups, M modules.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+
+
+# Up to this many rows or columns a full SVD costs less than the randomised one's iterations.
+FULL_SVD_BELOW = 256
+# ||W V - U S|| and ||W^T U - V S|| over the largest singular value. float32 products of a few thousand terms are good to
+# about 1e-6; singular vectors are then right to this number over the relative gap of the singular values.
+RESIDUAL_TOLERANCE = 1e-5
+OVERSAMPLING = 8
+MAX_POWER_ITERATIONS = 40
+
+
+def delta_weight(left_OR: torch.Tensor, mixing_RR: torch.Tensor, right_RI: torch.Tensor) -> torch.Tensor:
+    """
+    Returns what TinyLoRA adds to a weight: `U S R V^T` with `R = sum_k v_k P_k` (arXiv:2602.04118, section 4).
+
+    Args:
+        left_OR (`torch.Tensor`): U S, shape `(out_features, r)`.
+        mixing_RR (`torch.Tensor`): R, shape `(r, r)`.
+        right_RI (`torch.Tensor`): V^T, shape `(r, in_features)`.
+
+    Returns:
+        `torch.Tensor` of shape `(out_features, in_features)`.
+    """
+    return left_OR @ mixing_RR @ right_RI
+
+
+def mix(values_GK: torch.Tensor, groups_M: torch.Tensor, projections_MKRR: torch.Tensor) -> torch.Tensor:
+    """
+    Returns every module's `R = sum_k v_k P_k` in one batched product (arXiv:2602.04118, section 4).
+
+    Args:
+        values_GK (`torch.Tensor`): v of each group, shape `(groups, u)`.
+        groups_M (`torch.Tensor`): Group of each module, shape `(modules,)`, int64.
+        projections_MKRR (`torch.Tensor`): P of each module, shape `(modules, u, r, r)`.
+
+    Returns:
+        `torch.Tensor` of shape `(modules, r, r)`.
+    """
+    return torch.einsum("mk,mkij->mij", values_GK[groups_M], projections_MKRR)
+
+
+def unmix(grad_MRR: torch.Tensor, groups_M: torch.Tensor, projections_MKRR: torch.Tensor, n_groups: int):
+    """
+    Returns the gradient of v from the gradients of every module's R: the adjoint of [`mix`].
+
+    `dv_k = sum over the modules of the group of <P_k, dR>`.
+
+    Args:
+        grad_MRR (`torch.Tensor`): Gradient of each R, shape `(modules, r, r)`.
+        groups_M (`torch.Tensor`): Group of each module, shape `(modules,)`, int64.
+        projections_MKRR (`torch.Tensor`): P of each module, shape `(modules, u, r, r)`.
+        n_groups (`int`): Number of groups.
+
+    Returns:
+        `torch.Tensor` of shape `(groups, u)`.
+    """
+    grad_MK = torch.einsum("mij,mkij->mk", grad_MRR, projections_MKRR)
+    return grad_MK.new_zeros(n_groups, grad_MK.shape[1]).index_add_(0, groups_M, grad_MK)
+
+
+def gaussian_projections(name: str, u: int, r: int, seed: int) -> torch.Tensor:
+    """
+    Returns a module's fixed random matrices P with entries from N(0, 1/r), the same on every machine.
+
+    They depend on the seed and the module's name alone, so that other targets, other adapters and the order of modules
+    change nothing, and the first matrices stay the same when `u` grows. The stream is numpy's `RandomState`, frozen by
+    NEP 19. The paper states neither the distribution nor whether modules share P; 1/r is PEFT's choice as well.
+
+    Args:
+        name (`str`): Name of the module in the base model.
+        u (`int`): Number of matrices.
+        r (`int`): Rank.
+        seed (`int`): `0 <= seed < 2**32`.
+
+    Returns:
+        `torch.Tensor` of shape `(u, r, r)`, dtype float32, on the CPU.
+    """
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    stream = np.random.RandomState(np.frombuffer(digest, dtype="<u4").astype(np.uint32))
+    return torch.from_numpy((stream.standard_normal((u, r, r)) / np.sqrt(r)).astype(np.float32))
+
+
+def basis_projections(u: int, r: int) -> torch.Tensor:
+    """Returns the first `u` matrices of the standard basis of the r x r matrices, row by row: LoRA-XS at `u = r*r`.
+
+    Args:
+        u (`int`): Number of matrices, `1 <= u <= r*r`.
+        r (`int`): Rank.
+
+    Returns:
+        `torch.Tensor` of shape `(u, r, r)`, dtype float32, on the CPU.
+    """
+    return torch.eye(r * r)[:u].reshape(u, r, r)
+
+
+@torch.no_grad()
+def truncated_svd(weight_OI: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Returns the frozen factors `U S` and `V^T` of a weight's truncated SVD (arXiv:2602.04118, section 4).
+
+    Small matrices are decomposed in full in float64. Large ones by subspace iteration in float32 until the residual is
+    below [`RESIDUAL_TOLERANCE`], and in full where it does not get there. The sign of each pair of singular vectors is
+    such that the entry of largest magnitude in the left one is positive. No random state outside is touched.
+
+    Args:
+        weight_OI (`torch.Tensor`): Frozen weight, shape `(out_features, in_features)`, any float dtype.
+        rank (`int`): Number of singular triplets kept, `1 <= rank <= min(out_features, in_features)`.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: U S of shape `(out_features, rank)` and V^T of shape
+        `(rank, in_features)`, dtype float32 (float64 for a float64 weight), on the weight's device.
+
+    Raises:
+        ValueError: If the rank exceeds the weight's dimensions or the weight has non-finite entries.
+    """
+    smallest = min(weight_OI.shape)
+    if not 1 <= rank <= smallest:
+        raise ValueError(
+            f"rank {rank} is not within 1..{smallest} for a weight of shape {tuple(weight_OI.shape)}: lower `r`."
+        )
+    if not torch.isfinite(weight_OI).all():
+        bad = int((~torch.isfinite(weight_OI)).sum())
+        raise ValueError(f"{bad} of {weight_OI.numel()} entries are not finite: the weights are damaged, load them again.")
+    dtype = torch.promote_types(weight_OI.dtype, torch.float32)
+    left_OR, sigma_R, right_RI = (
+        _full_svd(weight_OI, rank) if smallest <= FULL_SVD_BELOW else _randomised_svd(weight_OI.to(dtype), rank)
+    )
+    sign_R = left_OR.gather(0, left_OR.abs().argmax(dim=0, keepdim=True)).sign().squeeze(0)
+    return (left_OR * (sign_R * sigma_R)).to(dtype).contiguous(), (right_RI * sign_R[:, None]).to(dtype).contiguous()
+
+
+def _full_svd(matrix_OI: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    left, sigma, right = torch.linalg.svd(matrix_OI.double(), full_matrices=False)
+    return left[:, :rank], sigma[:rank], right[:rank]
+
+
+def _randomised_svd(matrix_OI: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    # Halko, Martinsson, Tropp (2011), algorithm 4.4, with the residual computed and not assumed.
+    generator = torch.Generator().manual_seed(0)
+    width = min(rank + OVERSAMPLING, *matrix_OI.shape)
+    start = torch.randn(matrix_OI.shape[1], width, generator=generator, dtype=matrix_OI.dtype)
+    range_OQ = torch.linalg.qr(matrix_OI @ start.to(matrix_OI.device)).Q
+    for _ in range(MAX_POWER_ITERATIONS):
+        small_QI = range_OQ.mT @ matrix_OI
+        left_Q, sigma_Q, right_QI = torch.linalg.svd(small_QI, full_matrices=False)
+        left_OR, sigma_R, right_RI = (range_OQ @ left_Q)[:, :rank], sigma_Q[:rank], right_QI[:rank]
+        image_OQ = matrix_OI @ right_QI.mT
+        residual = torch.linalg.matrix_norm(image_OQ[:, :rank] - left_OR * sigma_R)
+        if residual <= RESIDUAL_TOLERANCE * sigma_R[0]:
+            return left_OR, sigma_R, right_RI
+        range_OQ = torch.linalg.qr(image_OQ).Q
+    return _full_svd(matrix_OI, rank)

@@ -1,0 +1,189 @@
+"""One adapted linear layer: forward, merge, unmerge."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .bank import MixingStep, TinyLoraBank, TinyLoraLayer, Vectors
+from .decomposition import delta_weight
+from .targets import weight_as_OI
+
+
+class Linear(nn.Module, TinyLoraLayer):
+    """
+    A frozen linear layer plus `x -> x V R^T (U S)^T`, the transpose of `U S R V^T` (arXiv:2602.04118, section 4).
+
+    The frozen factors are kept once per rank, whatever the number of adapters. The layer holds no parameter: the values
+    are in the bank.
+
+    Args:
+        base_layer (`torch.nn.Module`): The linear layer, `nn.Linear` or `Conv1D`.
+        bank ([`TinyLoraBank`]): Holder of the values.
+    """
+
+    other_param_names = ("trl_tinylora_place",)
+
+    def __init__(self, base_layer: nn.Module, bank: TinyLoraBank):
+        super().__init__()
+        self.base_layer = base_layer
+        # A tuple, so that the bank does not become a child of every layer.
+        self._bank = (bank,)
+        # Position of this module among those of each adapter, and the adapter's rank.
+        self.trl_tinylora_place: dict[str, tuple[int, int]] = {}
+        self.merged_adapters = []
+        self._unmerged_weight: Optional[torch.Tensor] = None
+        self._disable_adapters = False
+
+    def factors(self, rank: int) -> Optional[tuple[torch.Tensor, torch.Tensor]]:
+        """Returns U S and V^T at a rank, or None where no adapter of that rank was added.
+
+        Args:
+            rank (`int`): The rank.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]` of shapes `(out_features, rank)` and `(rank, in_features)`, or `None`.
+        """
+        left = getattr(self, f"trl_tinylora_left_{rank}", None)
+        return None if left is None else (left, getattr(self, f"trl_tinylora_right_{rank}"))
+
+    def update_layer(
+        self, adapter_name: str, index: int, rank: int, factors: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
+        """Adds an adapter to this layer.
+
+        Args:
+            adapter_name (`str`): Its name.
+            index (`int`): Position of this module among the adapter's modules.
+            rank (`int`): Its rank.
+            factors (`tuple[torch.Tensor, torch.Tensor]`): U S and V^T at that rank.
+        """
+        self.trl_tinylora_place[adapter_name] = (index, rank)
+        if self.factors(rank) is None:
+            self.register_buffer(f"trl_tinylora_left_{rank}", factors[0], persistent=False)
+            self.register_buffer(f"trl_tinylora_right_{rank}", factors[1], persistent=False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Removes an adapter, and the factors that no other one uses.
+
+        Args:
+            adapter_name (`str`): Its name.
+        """
+        ranks = {rank for _, rank in self.trl_tinylora_place.values()}
+        super().delete_adapter(adapter_name)
+        for rank in ranks - {rank for _, rank in self.trl_tinylora_place.values()}:
+            delattr(self, f"trl_tinylora_left_{rank}")
+            delattr(self, f"trl_tinylora_right_{rank}")
+
+    def _vectors(self, adapter_name: str) -> Vectors:
+        return self._bank[0].trl_tinylora_v[adapter_name]
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """Returns the base layer's output plus every active adapter's, in the base layer's dtype.
+
+        Args:
+            x (`torch.Tensor`): Input, shape `(..., in_features)`.
+            *args, **kwargs: Passed on to the base layer.
+
+        Returns:
+            `torch.Tensor` of shape `(..., out_features)`.
+        """
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        for adapter_name in self.active_adapters:
+            if adapter_name in self.trl_tinylora_place:
+                result = result + self._update(x, adapter_name).to(result.dtype)
+        return result
+
+    def _update(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        index, rank = self.trl_tinylora_place[adapter_name]
+        left_OR, right_RI = self.factors(rank)
+        vectors = self._vectors(adapter_name)
+        mixing_RR = vectors.current_mixing(index).to(x.device)
+        # Only the r x r step is worth float32; the large products run in the activations' own dtype.
+        with torch.autocast(x.device.type, enabled=False):
+            hidden_R = F.linear(x, right_RI.to(x.dtype)).to(torch.promote_types(x.dtype, mixing_RR.dtype))
+            mixing_RR = mixing_RR.to(hidden_R.dtype)
+            if torch.is_grad_enabled() and vectors.values_GK.requires_grad:
+                mixed_R = MixingStep.apply(hidden_R, mixing_RR, vectors, index)
+            else:
+                mixed_R = F.linear(hidden_R, mixing_RR)
+            return F.linear(mixed_R.to(x.dtype), left_OR.to(x.dtype))
+
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """Returns what an adapter adds to the weight, from its present values: `U S R V^T`.
+
+        Args:
+            adapter_name (`str`): The adapter.
+
+        Returns:
+            `torch.Tensor` of the base weight's shape and device, dtype float32 (float64 on a float64 base).
+        """
+        index, rank = self.trl_tinylora_place[adapter_name]
+        left_OR, right_RI = self.factors(rank)
+        dtype = torch.promote_types(left_OR.dtype, torch.float32)
+        mixing_RR = self._vectors(adapter_name).mixing(index).to(left_OR.device, dtype)
+        delta_OI = delta_weight(left_OR.to(dtype), mixing_RR, right_RI.to(dtype))
+        return delta_OI.T if isinstance(self.get_base_layer(), Conv1D) else delta_OI
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
+        """
+        Puts adapters into the base weight: `W' = W + U S R V^T` in float32, rounded once to the weight's dtype.
+
+        The original weight is kept until [`unmerge`], so that a cycle changes no bit.
+
+        Args:
+            safe_merge (`bool`, *optional*, defaults to `False`): Whether to refuse a result that is not finite.
+            adapter_names (`list[str]`, *optional*): Adapters to merge; the active ones by default.
+
+        Raises:
+            ValueError: If `safe_merge` and the result is not finite; nothing is changed then.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.trl_tinylora_place]
+        if not names:
+            return
+        weight = self.get_base_layer().weight
+        original = weight.data if self._unmerged_weight is None else self._unmerged_weight
+        total = original.to(torch.promote_types(original.dtype, torch.float32))
+        for name in [*self.merged_adapters, *names]:
+            total = total + self.get_delta_weight(name).to(total.device)
+        merged = total.to(original.dtype)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(
+                f"merging {', '.join(names)} gives weights that are not finite in {original.dtype}. Check the adapter's "
+                "values with `print(model.state_dict())`, or merge into a model of a wider dtype."
+            )
+        self._unmerged_weight = original
+        weight.data = merged
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Puts the original weight back, bit for bit."""
+        if self._unmerged_weight is not None:
+            weight = self.get_base_layer().weight
+            weight.data = self._unmerged_weight.to(weight.device)
+            self._unmerged_weight = None
+        self.merged_adapters.clear()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Returns True: the update is a matrix of rank r added to the weight.
+
+        Args:
+            adapter_name (`str`, *optional*): The adapter.
+
+        Returns:
+            `bool`
+        """
+        return True
+
+    def __repr__(self) -> str:
+        return "trl_tinylora." + super().__repr__()

@@ -1,0 +1,245 @@
+"""The tuner: which modules are wrapped, where the values live, and what a checkpoint holds."""
+
+from __future__ import annotations
+
+import re
+from contextlib import contextmanager
+from typing import Optional
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+from tqdm import tqdm
+
+from .bank import TinyLoraBank, TinyLoraLayer, Vectors
+from .config import TinyLoraConfig
+from .decomposition import truncated_svd
+from .layer import Linear
+from .targets import resolve_target_modules, unwrap, weight_as_OI
+
+
+BANK = "tinylora_bank"
+CHECKPOINT_KEY = "trl_tinylora_v"
+_VALUES_KEY = re.compile(rf"(.*\.)?{BANK}\.trl_tinylora_v\.(?P<adapter>.+)\.lora_magnitude_vector")
+
+
+class TinyLoraModel(BaseTuner):
+    """
+    Adapts a model with TinyLoRA: `W' = W + U S (sum_k v_k P_k) V^T` (arXiv:2602.04118, section 4).
+
+    The values are registered once on the base model, as a parameter of shape (groups, u) for each adapter. What a
+    checkpoint holds is that parameter alone; everything else is computed from the base weights, the module names and
+    the seed.
+
+    Args:
+        model (`torch.nn.Module`): The model to be adapted.
+        peft_config ([`TinyLoraConfig`] or `dict[str, TinyLoraConfig]`): Its configuration.
+        adapter_name (`str`): Name of the adapter.
+        low_cpu_mem_usage (`bool`, *optional*, defaults to `False`): Whether to create the values on the meta device.
+    """
+
+    prefix: str = "trl_tinylora_"
+    tuner_layer_cls = TinyLoraLayer
+    target_module_mapping = {}
+
+    @property
+    def bank(self) -> TinyLoraBank:
+        """The holder of every adapter's values."""
+        return getattr(self.model, BANK)
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: Optional[dict[str, torch.Tensor]] = None,
+    ) -> None:
+        """
+        Wraps the target modules; everything that can fail is done before the first module is touched.
+
+        Args:
+            model (`torch.nn.Module`): The base model.
+            adapter_name (`str`): Name of the adapter; its configuration is in `self.peft_config`.
+            autocast_adapter_dtype (`bool`, *optional*): Of no effect: the values are float32.
+            low_cpu_mem_usage (`bool`, *optional*): Whether to create the values on the meta device.
+            state_dict (`dict`, *optional*): Of no effect on the choice of modules, which is the configuration's.
+
+        Raises:
+            ValueError: If a module cannot be adapted; the message names it.
+            NotImplementedError: If the modules do not all lie behind one place where the sink can stand.
+        """
+        config = self.peft_config[adapter_name]
+        if not isinstance(config, TinyLoraConfig):
+            raise ValueError(f"expected a TinyLoraConfig for {adapter_name!r}, got {type(config).__name__}.")
+        names = resolve_target_modules(model, config)
+        host = first_block(model, names)
+        if config.n_tie == "all" or config.n_tie > len(names):
+            config.warn_if_redundant(len(names))
+        factors = compute_factors(model, names, config.r)
+        vectors = Vectors(config, names, factors[names[0]][0].device)
+
+        if low_cpu_mem_usage:
+            # Only what the checkpoint brings is left open.
+            vectors.lora_magnitude_vector = nn.Parameter(vectors.values_GK.to("meta"))
+        places = {name: (index, config.r, factors[name]) for index, name in enumerate(names)}
+        self._injection = vectors, places
+        had_bank = hasattr(model, BANK)
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        except Exception:
+            if hasattr(model, BANK):
+                getattr(model, BANK).trl_tinylora_v.pop(adapter_name)
+                if not had_bank:
+                    delattr(model, BANK)
+            raise
+        finally:
+            del self._injection
+        _place_hook(host, self.bank)
+
+    def _create_and_replace(
+        self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
+    ) -> None:
+        vectors, places = self._injection
+        # Not earlier: PEFT freezes the base model on the first injection only, which it tells by adapter layers.
+        if not hasattr(self.model, BANK):
+            self.model.add_module(BANK, TinyLoraBank())
+        if adapter_name not in self.bank.trl_tinylora_v:
+            self.bank.add(adapter_name, vectors)
+        if not isinstance(target, Linear):
+            layer = Linear(target, self.bank)
+            self._replace_module(parent, target_name, layer, target)
+            target = layer
+        target.update_layer(adapter_name, *places[current_key])
+
+    def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        for module in model.modules():
+            _remove_hook(module)
+        delattr(model, BANK)
+        return model
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        # Called by PEFT around every forward and generate; silence here would mean that the argument is ignored.
+        if kwargs.get("adapter_names") is not None:
+            raise NotImplementedError(
+                "`adapter_names` (a different adapter for each row of a batch) is not supported by TinyLoRA yet. "
+                "Choose one with `model.set_adapter(name)`, and run the rows of each adapter as a batch of their own."
+            )
+        yield
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        match = _VALUES_KEY.fullmatch(key)
+        if match is not None and match["adapter"] == adapter_name:
+            return CHECKPOINT_KEY
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        values = state_dict.get(CHECKPOINT_KEY)
+        if values is None:
+            raise ValueError(
+                f"this is no TinyLoRA checkpoint: it lacks {CHECKPOINT_KEY!r} and holds {sorted(state_dict)[:3]}. Load "
+                "an adapter that was saved with `peft_type` TRL_TINYLORA."
+            )
+        (vectors,) = (
+            module.trl_tinylora_v[adapter_name] for module in model.modules() if isinstance(module, TinyLoraBank)
+        )
+        expected = tuple(vectors.values_GK.shape)
+        if tuple(values.shape) != expected:
+            raise ValueError(
+                f"the checkpoint holds values of shape {tuple(values.shape)}, this adapter has {expected} (groups, u). "
+                "The base model or its target modules differ from those the checkpoint was made with: load it with the "
+                "configuration in its own adapter_config.json, on its own base model."
+            )
+        if not torch.isfinite(values).all():
+            raise ValueError(
+                f"{int((~torch.isfinite(values)).sum())} of the checkpoint's {values.numel()} values are not finite. "
+                "The run diverged or the file is damaged: take an earlier checkpoint."
+            )
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def compute_factors(model: nn.Module, names: list[str], rank: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Returns U S and V^T of each module, taken from an adapter of the same rank where there is one.
+
+    Args:
+        model (`torch.nn.Module`): The base model.
+        names (`list[str]`): Names of the modules.
+        rank (`int`): The rank.
+
+    Returns:
+        `dict[str, tuple[torch.Tensor, torch.Tensor]]`
+
+    Raises:
+        ValueError: If a weight has non-finite entries or is on the meta device; the message names the module.
+    """
+    factors = {}
+    for name in tqdm(names, desc="TinyLoRA: singular vectors", delay=3, leave=False):
+        module = model.get_submodule(name)
+        known = module.factors(rank) if isinstance(module, Linear) else None
+        if known is not None:
+            factors[name] = known
+            continue
+        linear = unwrap(module)
+        if linear.weight.is_meta:
+            raise ValueError(
+                f"the weight of {name} is on the meta device: it has no values yet. Load the model's weights first "
+                "(`from_pretrained` without `device_map='meta'` or `init_empty_weights`)."
+            )
+        merged_from = module._unmerged_weight if isinstance(module, Linear) else None
+        try:
+            factors[name] = truncated_svd(weight_as_OI(linear) if merged_from is None else merged_from, rank)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return factors
+
+
+def first_block(model: nn.Module, names: list[str]) -> nn.Module:
+    """
+    Returns the module whose input all adapted modules depend on: the sink's place.
+
+    That is the first adapted member of a list of blocks (`model.layers.0`); the model itself where there is no list.
+
+    Args:
+        model (`torch.nn.Module`): The base model.
+        names (`list[str]`): Names of the adapted modules in depth order.
+
+    Returns:
+        `torch.nn.Module`
+
+    Raises:
+        NotImplementedError: If a module does not lie in the same list of blocks.
+    """
+
+    def block_of(name: str) -> str:
+        parts = name.split(".")
+        for length in range(1, len(parts)):
+            if isinstance(model.get_submodule(".".join(parts[:length])), nn.ModuleList):
+                return ".".join(parts[: length + 1])
+        return ""
+
+    blocks = [block_of(name) for name in names]
+    lists = {block.rpartition(".")[0] for block in blocks}
+    if len(lists) > 1 or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        home = blocks[-1].rpartition(".")[0]
+        stray = next((n for n, b in zip(names, blocks) if b.rpartition(".")[0] != home), names[0])
+        raise NotImplementedError(
+            f"{stray} does not lie in the list of blocks {home!r} with the other adapted modules. TinyLoRA adapts one "
+            "stack of decoder blocks: leave modules outside it (a vision tower, an encoder, a head) out with "
+            "`exclude_modules`."
+        )
+    return model.get_submodule(blocks[0])
+
+
+def _place_hook(block: nn.Module, bank: TinyLoraBank) -> None:
+    _remove_hook(block)
+    block._trl_tinylora_hook = block.register_forward_pre_hook(bank.before_first_block, with_kwargs=True)
+
+
+def _remove_hook(block: nn.Module) -> None:
+    if hasattr(block, "_trl_tinylora_hook"):
+        block._trl_tinylora_hook.remove()
+        del block._trl_tinylora_hook

@@ -1,0 +1,111 @@
+"""Which modules share a vector of trained values, and how many values that makes. Pure Python, exact integers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Optional, Union
+
+
+TYINGS = ("tiled", "structured")
+
+
+def module_type(name: str) -> str:
+    """Returns a module's name with its depth taken out: all modules of one type have the same.
+
+    Args:
+        name (`str`): Module name, for example `"model.layers.3.mlp.up_proj"`; its first number is the depth.
+
+    Returns:
+        `str`: For example `"model.layers.*.mlp.up_proj"`.
+    """
+    parts = name.split(".")
+    for position, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join([*parts[:position], "*", *parts[position + 1 :]])
+    return name
+
+
+def assign_groups(names: Sequence[str], n_tie: Union[int, str], tying: str) -> list[int]:
+    """
+    Assigns every module to the group whose vector v it uses (arXiv:2602.04118, sections 4 and 6.5).
+
+    `"tiled"`: module i is in group floor(i / n_tie). `"structured"`: the same within the modules of each type, and the
+    groups of the types follow one another.
+
+    Args:
+        names (`Sequence[str]`): Module names in depth order.
+        n_tie (`int` or `"all"`): Modules per group; `"all"` for all of them (of a type, where structured).
+        tying (`str`): `"tiled"` or `"structured"`.
+
+    Returns:
+        `list[int]`: The group of each module, counted from 0, every number below the largest taken.
+    """
+    types = ["" for _ in names] if tying == "tiled" else [module_type(name) for name in names]
+    sizes = Counter(types)
+    step = {kind: size if n_tie == "all" else n_tie for kind, size in sizes.items()}
+    first_group, groups_so_far = {}, 0
+    for kind, size in sizes.items():
+        first_group[kind] = groups_so_far
+        groups_so_far += -(-size // step[kind])
+    seen: Counter[str] = Counter()
+    groups = []
+    for kind in types:
+        groups.append(first_group[kind] + seen[kind] // step[kind])
+        seen[kind] += 1
+    return groups
+
+
+def count_groups(names: Sequence[str], n_tie: Union[int, str], tying: str) -> int:
+    """Returns the number of groups: ceil(modules / n_tie), summed over the types where structured.
+
+    Args:
+        names (`Sequence[str]`): Module names in depth order.
+        n_tie (`int` or `"all"`): Modules per group.
+        tying (`str`): `"tiled"` or `"structured"`.
+
+    Returns:
+        `int`
+    """
+    return max(assign_groups(names, n_tie, tying)) + 1
+
+
+def nearest_budget(
+    names: Sequence[str],
+    n_values: int,
+    *,
+    r: int,
+    tying: str,
+    modules_add_freedom: bool,
+    u: Optional[int] = None,
+    n_tie: Optional[Union[int, str]] = None,
+) -> tuple[int, Union[int, str], int]:
+    """
+    Finds `u` and `n_tie` whose number of values comes nearest to `n_values`, with as little tying as possible.
+
+    Args:
+        names (`Sequence[str]`): Names of the adapted modules in depth order.
+        n_values (`int`): Wanted number of trained values.
+        r (`int`): Rank of the adapter; a group has at most r*r degrees of freedom per module.
+        tying (`str`): `"tiled"` or `"structured"`.
+        modules_add_freedom (`bool`): Whether each module of a group has matrices P of its own, so that every further
+            module adds r*r degrees of freedom to the group.
+        u (`int`, *optional*): Values per group, where it is fixed.
+        n_tie (`int` or `"all"`, *optional*): Modules per group, where it is fixed.
+
+    Returns:
+        `tuple[int, int | str, int]`: `u`, `n_tie` and the number of values they make.
+    """
+    largest = max(Counter(["" if tying == "tiled" else module_type(name) for name in names]).values())
+    best = None
+    for tied in [n_tie] if n_tie is not None else range(1, largest + 1):
+        n_groups = count_groups(names, tied, tying)
+        modules = largest if tied == "all" else min(tied, largest)
+        freedom = r * r * (modules if modules_add_freedom else 1)
+        below = min(max(n_values // n_groups, 1), freedom)
+        for values in [u] if u is not None else (below, min(below + 1, freedom)):
+            distance = abs(values * n_groups - n_values)
+            if best is None or distance < best[0]:
+                best = (distance, values, tied, values * n_groups)
+    _, values, tied, count = best
+    return values, "all" if n_tie is None and tied == largest and largest > 1 else tied, count
