@@ -7,8 +7,8 @@ one place:
 
 * before the first adapted block, every module's R = sum_k v_k P_k is computed in one product, without a graph;
 * in each layer, a small Function ([`MixingStep`]) adds the gradient of its R to a side buffer;
-* at that first place a Function ([`GradientSink`]) hands the hidden states on unchanged. Its backward runs when those of
-  all layers behind it have run: it turns the buffer into the gradient of v.
+* at that first place a Function ([`GradientSink`]) hands the hidden states on unchanged. Its backward runs when those
+  of all layers behind it have run: it turns the buffer into the gradient of v.
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ class Vectors(nn.Module):
     Args:
         config ([`TinyLoraConfig`]): The adapter's configuration.
         names (`list[str]`): Names of the adapted modules in depth order.
+        first_block (`str`): Name of the block whose input they all depend on.
         device (`torch.device`): Where the values live.
     """
 
-    def __init__(self, config: TinyLoraConfig, names: list[str], device: torch.device):
+    def __init__(self, config: TinyLoraConfig, names: list[str], first_block: str, device: torch.device):
         super().__init__()
+        self.first_block = first_block
         shape = (count_groups(names, config.n_tie, config.tying), config.u)
         # TRL casts every trainable parameter of a quantised model to bfloat16, where small updates stall, unless its
         # name holds this token (trl v1.16.0, trl/trainer/grpo_trainer.py:536-541).
@@ -113,17 +115,31 @@ class Vectors(nn.Module):
             `torch.Tensor`: The same values.
         """
         self.refresh()
+        # Empty outside a backward pass: only one that failed half-way leaves something behind.
+        if torch._C._current_graph_task_id() == -1:
+            self.grad_MRR = None
         if not (torch.is_grad_enabled() and self.values_GK.requires_grad):
             return hidden
-        # Zero outside a backward pass: only one that failed half-way leaves something behind.
-        if self.grad_MRR is None or torch._C._current_graph_task_id() == -1:
-            self.grad_MRR = torch.zeros_like(self.mixing_MRR)
         return GradientSink.apply(hidden, self.values_GK, self)
+
+    def deposit(self, index: int, grad_RR: torch.Tensor) -> None:
+        """Adds to the gradient of one module's R, for [`collect`] to find.
+
+        Args:
+            index (`int`): Position of the module among the adapted ones.
+            grad_RR (`torch.Tensor`): Gradient, shape `(r, r)`.
+        """
+        # Not made by the forward pass: that of a reentrant checkpoint around the first block runs without a graph.
+        if self.grad_MRR is None:
+            self.grad_MRR = torch.zeros_like(self.mixing_MRR)
+        self.grad_MRR[index].add_(grad_RR.to(self.grad_MRR.device, self.grad_MRR.dtype))
 
     def collect(self) -> torch.Tensor:
         """Returns the gradient of the values from what the layers' backward passes left, and empties the buffer."""
+        if self.grad_MRR is None:
+            return torch.zeros_like(self.values_GK)
         grad = unmix(self.grad_MRR, self.groups_M, self.projections_MKRR.to(self.grad_MRR.dtype), len(self.values_GK))
-        self.grad_MRR.zero_()
+        self.grad_MRR = None
         return grad.to(self.values_GK.dtype)
 
     def _state_of_values(self) -> tuple:
@@ -162,9 +178,7 @@ class MixingStep(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_R):
         (hidden_R,) = ctx.saved_tensors
-        grad_RR = grad_R.flatten(0, -2).mT @ hidden_R.flatten(0, -2)
-        buffer = ctx.vectors.grad_MRR
-        buffer[ctx.index].add_(grad_RR.to(buffer.device, buffer.dtype))
+        ctx.vectors.deposit(ctx.index, grad_R.flatten(0, -2).mT @ hidden_R.flatten(0, -2))
         return (grad_R @ ctx.mixing_RR if ctx.needs_input_grad[0] else None), None, None, None
 
 
@@ -192,7 +206,7 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
         self.trl_tinylora_v[adapter_name] = vectors
 
     def before_first_block(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Forward pre-hook of the first adapted block: every active adapter's R, and the sink on the hidden states.
+        """Forward pre-hook of a first adapted block: R of the active adapters that begin there, and their sinks.
 
         Args:
             module (`torch.nn.Module`): The block.
@@ -205,6 +219,9 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
         Raises:
             RuntimeError: If the block gets no hidden states, or runs as a replica of `torch.nn.DataParallel`.
         """
+        if self.disable_adapters:
+            # The layers unmerge as well when they are called while disabled.
+            self.unmerge()
         if self.disable_adapters or self.merged_adapters:
             return args, kwargs
         if getattr(module, "_is_replica", False):
@@ -212,9 +229,9 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
                 "`torch.nn.DataParallel` is not supported: its replicas would share one gradient buffer. Start with "
                 "`accelerate launch` (one process per GPU), or let the process see one GPU (CUDA_VISIBLE_DEVICES=0)."
             )
-        active = [self.trl_tinylora_v[name] for name in self.active_adapters if name in self.trl_tinylora_v]
-        for vectors in active:
-            args, kwargs = _replace_hidden(module, args, kwargs, vectors)
+        for name in self.active_adapters:
+            if name in self.trl_tinylora_v and self.trl_tinylora_v[name].first_block == module._trl_tinylora_block:
+                args, kwargs = _replace_hidden(module, args, kwargs, self.trl_tinylora_v[name])
         return args, kwargs
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:

@@ -148,6 +148,8 @@ class TinyLoraConfig(PeftConfig):
             raise ValueError(f"`tying` must be one of {TYINGS}, got {self.tying!r}.")
         if self.projection not in PROJECTIONS:
             raise ValueError(f"`projection` must be one of {PROJECTIONS}, got {self.projection!r}.")
+        if isinstance(self.projection_seed, bool) or not isinstance(self.projection_seed, int):
+            raise TypeError(f"`projection_seed` must be an integer, got {self.projection_seed!r}.")
         if not 0 <= self.projection_seed < 2**32:
             raise ValueError(f"`projection_seed` must lie in [0, 2**32), got {self.projection_seed}.")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -182,7 +184,7 @@ class TinyLoraConfig(PeftConfig):
                 f"{modules_per_group} module(s) at r={self.r}: the values beyond that only rescale the step. "
                 f"Lower `u` to {freedom}, or raise `r`.",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
     @classmethod

@@ -25,8 +25,8 @@ import torch
 
 # Up to this many rows or columns a full SVD costs less than the randomised one's iterations.
 FULL_SVD_BELOW = 256
-# ||W V - U S|| and ||W^T U - V S|| over the largest singular value. float32 products of a few thousand terms are good to
-# about 1e-6; singular vectors are then right to this number over the relative gap of the singular values.
+# ||W V - U S|| and ||W^T U - V S|| over the largest singular value. float32 products of a few thousand terms are good
+# to about 1e-6; singular vectors are then right to this number over the relative gap of the singular values.
 RESIDUAL_TOLERANCE = 1e-5
 OVERSAMPLING = 8
 MAX_POWER_ITERATIONS = 40
@@ -143,7 +143,9 @@ def truncated_svd(weight_OI: torch.Tensor, rank: int) -> tuple[torch.Tensor, tor
         )
     if not torch.isfinite(weight_OI).all():
         bad = int((~torch.isfinite(weight_OI)).sum())
-        raise ValueError(f"{bad} of {weight_OI.numel()} entries are not finite: the weights are damaged, load them again.")
+        raise ValueError(
+            f"{bad} of {weight_OI.numel()} entries are not finite: the weights are damaged, load them again."
+        )
     dtype = torch.promote_types(weight_OI.dtype, torch.float32)
     left_OR, sigma_R, right_RI = (
         _full_svd(weight_OI, rank) if smallest <= FULL_SVD_BELOW else _randomised_svd(weight_OI.to(dtype), rank)
@@ -168,8 +170,10 @@ def _randomised_svd(matrix_OI: torch.Tensor, rank: int) -> tuple[torch.Tensor, t
         left_Q, sigma_Q, right_QI = torch.linalg.svd(small_QI, full_matrices=False)
         left_OR, sigma_R, right_RI = (range_OQ @ left_Q)[:, :rank], sigma_Q[:rank], right_QI[:rank]
         image_OQ = matrix_OI @ right_QI.mT
-        residual = torch.linalg.matrix_norm(image_OQ[:, :rank] - left_OR * sigma_R)
-        if residual <= RESIDUAL_TOLERANCE * sigma_R[0]:
+        # Over the largest singular value before it is squared: a norm of 1e-30 or 1e30 has no square in float32.
+        scale = sigma_R[0].clamp_min(torch.finfo(sigma_R.dtype).tiny)
+        residual = torch.linalg.matrix_norm((image_OQ[:, :rank] - left_OR * sigma_R) / scale)
+        if residual <= RESIDUAL_TOLERANCE:
             return left_OR, sigma_R, right_RI
         range_OQ = torch.linalg.qr(image_OQ).Q
     return _full_svd(matrix_OI, rank)

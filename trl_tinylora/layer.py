@@ -12,7 +12,6 @@ from transformers.pytorch_utils import Conv1D
 
 from .bank import MixingStep, TinyLoraBank, TinyLoraLayer, Vectors
 from .decomposition import delta_weight
-from .targets import weight_as_OI
 
 
 class Linear(nn.Module, TinyLoraLayer):
@@ -159,8 +158,8 @@ class Linear(nn.Module, TinyLoraLayer):
         merged = total.to(original.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(
-                f"merging {', '.join(names)} gives weights that are not finite in {original.dtype}. Check the adapter's "
-                "values with `print(model.state_dict())`, or merge into a model of a wider dtype."
+                f"merging {', '.join(names)} gives weights that are not finite in {original.dtype}. Check the "
+                "adapter's values with `print(model.state_dict())`, or merge into a model of a wider dtype."
             )
         self._unmerged_weight = original
         weight.data = merged

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from contextlib import contextmanager
 from typing import Optional
 
@@ -73,29 +74,27 @@ class TinyLoraModel(BaseTuner):
         if not isinstance(config, TinyLoraConfig):
             raise ValueError(f"expected a TinyLoraConfig for {adapter_name!r}, got {type(config).__name__}.")
         names = resolve_target_modules(model, config)
-        host = first_block(model, names)
+        block_name = first_block(model, names)
         if config.n_tie == "all" or config.n_tie > len(names):
             config.warn_if_redundant(len(names))
         factors = compute_factors(model, names, config.r)
-        vectors = Vectors(config, names, factors[names[0]][0].device)
+        vectors = Vectors(config, names, block_name, factors[names[0]][0].device)
 
         if low_cpu_mem_usage:
             # Only what the checkpoint brings is left open.
             vectors.lora_magnitude_vector = nn.Parameter(vectors.values_GK.to("meta"))
         places = {name: (index, config.r, factors[name]) for index, name in enumerate(names)}
         self._injection = vectors, places
-        had_bank = hasattr(model, BANK)
+        state = _tree_of(model)
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         except Exception:
-            if hasattr(model, BANK):
-                getattr(model, BANK).trl_tinylora_v.pop(adapter_name)
-                if not had_bank:
-                    delattr(model, BANK)
+            # PEFT looks at `modules_to_save` and `trainable_token_indices` last, when the layers are in place.
+            _restore_tree(model, state, adapter_name)
             raise
         finally:
             del self._injection
-        _place_hook(host, self.bank)
+        _place_hook(model.get_submodule(block_name), block_name, self.bank)
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
@@ -111,6 +110,21 @@ class TinyLoraModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
             target = layer
         target.update_layer(adapter_name, *places[current_key])
+
+    def _replace_module(self, parent, child_name, new_module, child) -> None:
+        # PEFT's own also reassigns the weight of what is unloaded, which a wrapper of trained tokens does not allow.
+        setattr(parent, child_name, new_module)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter, and makes another one active where that was the active one.
+
+        Args:
+            adapter_name (`str`): Its name.
+        """
+        super().delete_adapter(adapter_name)
+        # PEFT takes the choice of the first layer, which need not have another adapter; the bank has them all.
+        if self.active_adapters != self.bank.active_adapters:
+            self.set_adapter(self.bank.active_adapters)
 
     def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
@@ -189,26 +203,26 @@ def compute_factors(model: nn.Module, names: list[str], rank: int) -> dict[str, 
                 f"the weight of {name} is on the meta device: it has no values yet. Load the model's weights first "
                 "(`from_pretrained` without `device_map='meta'` or `init_empty_weights`)."
             )
-        merged_from = module._unmerged_weight if isinstance(module, Linear) else None
+        unmerged = module._unmerged_weight if isinstance(module, Linear) else None
         try:
-            factors[name] = truncated_svd(weight_as_OI(linear) if merged_from is None else merged_from, rank)
+            factors[name] = truncated_svd(weight_as_OI(linear, unmerged), rank)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     return factors
 
 
-def first_block(model: nn.Module, names: list[str]) -> nn.Module:
+def first_block(model: nn.Module, names: list[str]) -> str:
     """
-    Returns the module whose input all adapted modules depend on: the sink's place.
+    Returns the name of the module whose input all adapted modules depend on: the sink's place.
 
-    That is the first adapted member of a list of blocks (`model.layers.0`); the model itself where there is no list.
+    That is the first adapted member of a list of blocks (`model.layers.0`); the model itself, "", where there is none.
 
     Args:
         model (`torch.nn.Module`): The base model.
         names (`list[str]`): Names of the adapted modules in depth order.
 
     Returns:
-        `torch.nn.Module`
+        `str`
 
     Raises:
         NotImplementedError: If a module does not lie in the same list of blocks.
@@ -222,24 +236,42 @@ def first_block(model: nn.Module, names: list[str]) -> nn.Module:
         return ""
 
     blocks = [block_of(name) for name in names]
-    lists = {block.rpartition(".")[0] for block in blocks}
+    lists = Counter(block.rpartition(".")[0] for block in blocks)
     if len(lists) > 1 or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        home = blocks[-1].rpartition(".")[0]
-        stray = next((n for n, b in zip(names, blocks) if b.rpartition(".")[0] != home), names[0])
+        home = lists.most_common(1)[0][0]
+        stray = next((n for n, b in zip(names, blocks, strict=True) if b.rpartition(".")[0] != home), names[0])
         raise NotImplementedError(
             f"{stray} does not lie in the list of blocks {home!r} with the other adapted modules. TinyLoRA adapts one "
             "stack of decoder blocks: leave modules outside it (a vision tower, an encoder, a head) out with "
             "`exclude_modules`."
         )
-    return model.get_submodule(blocks[0])
+    return blocks[0]
 
 
-def _place_hook(block: nn.Module, bank: TinyLoraBank) -> None:
+def _tree_of(model: nn.Module) -> tuple[list, list]:
+    modules = [(module, dict(module._modules), dict(module._buffers)) for module in model.modules()]
+    return modules, [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+
+def _restore_tree(model: nn.Module, state: tuple[list, list], adapter_name: str) -> None:
+    modules, parameters = state
+    for module, children, buffers in modules:
+        for present, former in ((module._modules, children), (module._buffers, buffers)):
+            present.clear()
+            present.update(former)
+        if isinstance(module, Linear):
+            module.trl_tinylora_place.pop(adapter_name, None)
+    for parameter, requires_grad in parameters:
+        parameter.requires_grad_(requires_grad)
+
+
+def _place_hook(block: nn.Module, name: str, bank: TinyLoraBank) -> None:
     _remove_hook(block)
+    block._trl_tinylora_block = name
     block._trl_tinylora_hook = block.register_forward_pre_hook(bank.before_first_block, with_kwargs=True)
 
 
 def _remove_hook(block: nn.Module) -> None:
     if hasattr(block, "_trl_tinylora_hook"):
         block._trl_tinylora_hook.remove()
-        del block._trl_tinylora_hook
+        del block._trl_tinylora_hook, block._trl_tinylora_block

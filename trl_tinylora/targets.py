@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Union
+from typing import Optional, Union
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
@@ -46,16 +46,18 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def weight_as_OI(linear: nn.Module) -> torch.Tensor:
+def weight_as_OI(linear: nn.Module, weight: Optional[torch.Tensor] = None) -> torch.Tensor:
     """Returns a view of a linear layer's weight as (out_features, in_features).
 
     Args:
         linear (`torch.nn.Module`): `nn.Linear` or `Conv1D`.
+        weight (`torch.Tensor`, *optional*): What to view instead of its present weight, in the layer's own layout.
 
     Returns:
         `torch.Tensor` of shape `(out_features, in_features)`.
     """
-    return linear.weight.data.T if isinstance(linear, Conv1D) else linear.weight.data
+    weight = linear.weight.data if weight is None else weight
+    return weight.T if isinstance(linear, Conv1D) else weight
 
 
 def resolve_target_modules(model: nn.Module, config: TinyLoraConfig) -> list[str]:

@@ -99,8 +99,10 @@ def nearest_budget(
     largest = max(Counter(["" if tying == "tiled" else module_type(name) for name in names]).values())
     best = None
     for tied in [n_tie] if n_tie is not None else range(1, largest + 1):
-        n_groups = count_groups(names, tied, tying)
-        modules = largest if tied == "all" else min(tied, largest)
+        sizes = Counter(assign_groups(names, tied, tying)).values()
+        n_groups = len(sizes)
+        # No value is wasted on the smaller last group, unless `n_tie` is as asked for.
+        modules = min(sizes) if n_tie is None else max(sizes)
         freedom = r * r * (modules if modules_add_freedom else 1)
         below = min(max(n_values // n_groups, 1), freedom)
         for values in [u] if u is not None else (below, min(below + 1, freedom)):

@@ -39,7 +39,7 @@ def test_prompt_is_verls_stock_prompt():
     assert gsm8k.build_prompt("How many?") == [
         {
             "role": "user",
-            "content": "How many? Let's think step by step and output the final answer after \"####\".",
+            "content": 'How many? Let\'s think step by step and output the final answer after "####".',
         }
     ]
 
@@ -96,7 +96,20 @@ def test_flexible_extraction_falls_back_to_box_then_last_number(completion, expe
 
 @pytest.mark.parametrize(
     "extracted",
-    ["72", "72.0", "72.", "$72", "72%", "72\\%", "72 clips", "072", "\\$72", "\\frac{144}{2}", "72\\text{ clips}", "8*9"],
+    [
+        "72",
+        "72.0",
+        "72.",
+        "$72",
+        "72%",
+        "72\\%",
+        "72 clips",
+        "072",
+        "\\$72",
+        "\\frac{144}{2}",
+        "72\\text{ clips}",
+        "8*9",
+    ],
 )
 def test_equal_values_are_correct_however_written(extracted):
     assert gsm8k.is_correct(extracted, "72")

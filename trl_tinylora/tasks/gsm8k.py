@@ -6,7 +6,7 @@ reward and the strict evaluation are the same function, and every arm sees the s
 One row, as OpenAI published it:
 
     {"question": "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. ...",
-     "answer": "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\\nNatalia sold 48+24 = <<48+24=72>>72 clips ...\\n#### 72"}
+     "answer": "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\\nNatalia sold 48+24 = <<48+24=72>>72 ...\\n#### 72"}
 
 The paper (Morris et al., arXiv:2602.04118) trains with VERL and states neither its prompt nor its answer format, so the
 prompt and the strict reward follow VERL's stock GSM8K recipe. Deviations from VERL's grader: answers are compared as
@@ -128,7 +128,7 @@ def is_correct(extracted: str | None, gold: str) -> bool:
 
 
 def strict_reward(completions: list[Any], answer: list[str], **kwargs: Any) -> list[float]:
-    """1.0 where the number after the last "####" equals the gold number, else 0.0: TRL reward and strict grading in one.
+    """1.0 where the number after the last "####" equals the gold number, else 0.0: TRL reward and strict grading.
 
     Args:
         completions (`list[str]` or `list[list[dict[str, str]]]`): Texts, or conversations that end in the model's turn.
