@@ -1,0 +1,174 @@
+"""The arguments that `grpo.py`, `sft.py` and `evaluate.py` share, and the adapter they describe.
+
+They stand beside TRL's own `GRPOConfig`, `SFTConfig` and `ModelConfig`; nothing of those is repeated here.
+"""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+import trl
+from peft import PeftConfig
+from transformers import AutoConfig, TrainingArguments
+
+from trl_tinylora import TinyLoraConfig
+
+
+@dataclass
+class RecipeArguments(trl.ScriptArguments):
+    """
+    TRL's script arguments, and how many rows to take.
+
+    `dataset_name` is a JSONL file, a folder of `{split}.jsonl` files or a name on the Hub, with GSM8K's columns
+    `question` and `answer`.
+
+    Args:
+        limit (`int`, *optional*): Take only the first `limit` rows of the split.
+    """
+
+    limit: int | None = field(default=None, metadata={"help": "Take only the first `limit` rows of the split."})
+
+
+@dataclass
+class AdapterArguments:
+    """
+    What is trained: TinyLoRA, LoRA (through TRL's `lora_*` arguments) or every weight.
+
+    What is left at `None` keeps [`~trl_tinylora.TinyLoraConfig`]'s default.
+
+    Args:
+        adapter (`str`, *optional*, defaults to `"tinylora"`): `"tinylora"`, `"lora"` or `"full"`.
+        n_values (`int`, *optional*): Number of trained values; `u` and `n_tie` are found for it.
+        r (`int`, *optional*): Rank of the frozen singular factors.
+        u (`int`, *optional*): Trained values of a group of modules.
+        n_tie (`int` or `"all"`, *optional*): Modules that share one group of values.
+        tying (`str`, *optional*): `"tiled"` or `"structured"`.
+        projection (`str`, *optional*): `"gaussian"` or `"basis"`.
+        projection_seed (`int`, *optional*): Seed of the fixed random projections.
+        target_modules (`list[str]`, *optional*): Names of the modules that TinyLoRA adapts.
+    Raises:
+        ValueError: If two arguments contradict each other; the text names both and the way out.
+    """
+
+    adapter: Literal["tinylora", "lora", "full"] = field(
+        default="tinylora", metadata={"help": "What is trained: TinyLoRA, LoRA or every weight."}
+    )
+    n_values: int | None = field(
+        default=None, metadata={"help": "Number of values that TinyLoRA trains; `u` and `n_tie` are found for it."}
+    )
+    r: int | None = field(default=None, metadata={"help": "Rank of TinyLoRA's frozen singular factors."})
+    u: int | None = field(default=None, metadata={"help": "Trained values of a group of modules."})
+    n_tie: str | None = field(default=None, metadata={"help": "Modules that share one group of values, or 'all'."})
+    tying: str | None = field(default=None, metadata={"help": "'tiled' or 'structured'."})
+    projection: str | None = field(default=None, metadata={"help": "'gaussian' or 'basis'."})
+    projection_seed: int | None = field(default=None, metadata={"help": "Seed of the fixed random projections."})
+    target_modules: list[str] | None = field(default=None, metadata={"help": "Modules that TinyLoRA adapts."})
+
+    def __post_init__(self):
+        if self.adapter not in ("tinylora", "lora", "full"):
+            raise ValueError(f"adapter must be 'tinylora', 'lora' or 'full', got {self.adapter!r}")
+        if self.n_tie is not None and self.n_tie != "all":
+            try:
+                self.n_tie = int(self.n_tie)
+            except ValueError as error:
+                raise ValueError(f"n_tie must be an integer or 'all', got {self.n_tie!r}") from error
+        chosen = self.tinylora_fields()
+        if self.adapter != "tinylora":
+            given = chosen | ({"n_values": self.n_values} if self.n_values is not None else {})
+            if given:
+                raise ValueError(
+                    f"{_listed(given)} belongs to adapter='tinylora', but adapter is {self.adapter!r}: drop it, or set "
+                    "adapter to 'tinylora'"
+                )
+        clash = {name: chosen[name] for name in ("u", "n_tie") if name in chosen}
+        if self.n_values is not None and clash:
+            raise ValueError(
+                f"n_values={self.n_values} finds u and n_tie itself, but {_listed(clash)} is given too: drop "
+                "n_values, or "
+                f"drop {' and '.join(clash)}"
+            )
+
+    def tinylora_fields(self) -> dict:
+        """The fields of [`~trl_tinylora.TinyLoraConfig`] that were given."""
+        names = [item.name for item in fields(AdapterArguments) if item.name not in ("adapter", "n_values")]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+def build_peft_config(adapter_args: AdapterArguments, model_args: trl.ModelConfig) -> PeftConfig | None:
+    """
+    The `peft_config` for TRL's trainers. Reads the model's configuration, never its weights.
+
+    Args:
+        adapter_args (`AdapterArguments`): What is trained.
+        model_args ([`~trl.ModelConfig`]): The model, and the `lora_*` arguments.
+    Returns:
+        [`~peft.PeftConfig`] or `None`: `None` for full fine-tuning.
+    Raises:
+        ValueError: If an argument of LoRA is given for another adapter.
+    """
+    changed = {
+        item.name: getattr(model_args, item.name)
+        for item in fields(trl.ModelConfig)
+        if item.name.startswith(("lora_", "use_rslora", "use_dora", "use_peft"))
+        and getattr(model_args, item.name) != item.default
+    }
+    if adapter_args.adapter == "lora":
+        model_args.use_peft = True
+        return trl.get_peft_config(model_args)
+    if changed:
+        raise ValueError(
+            f"{_listed(changed)} belongs to adapter='lora', but adapter is {adapter_args.adapter!r}: drop it, or set "
+            "adapter to 'lora'"
+        )
+    if adapter_args.adapter == "full":
+        return None
+    if adapter_args.n_values is None:
+        return TinyLoraConfig(task_type="CAUSAL_LM", **adapter_args.tinylora_fields())
+    model_config = AutoConfig.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
+    return TinyLoraConfig.for_budget(
+        model_config, adapter_args.n_values, task_type="CAUSAL_LM", **adapter_args.tinylora_fields()
+    )
+
+
+def resume_point(training_args: TrainingArguments) -> str | bool | None:
+    """
+    Where the trainer continues, and the refusal to write over what is already in the output folder.
+
+    Args:
+        training_args ([`~transformers.TrainingArguments`]): Read for `output_dir` and `resume_from_checkpoint`.
+    Returns:
+        `str`, `bool` or `None`: For `trainer.train(resume_from_checkpoint=...)`: a checkpoint, `True` for the last one
+        in the output folder, or `None` for a new run.
+    Raises:
+        FileExistsError: If a new run would write over a finished or an interrupted one.
+        FileNotFoundError: If there is no checkpoint to continue from.
+    """
+    output_dir = Path(training_args.output_dir)
+    has_checkpoint = any(output_dir.glob("checkpoint-*"))
+    wanted = str(training_args.resume_from_checkpoint or "false")
+    # The trainer takes the text "true", all that a command line can give, for the name of a folder.
+    if wanted.lower() == "true":
+        if not has_checkpoint:
+            raise FileNotFoundError(
+                f"resume_from_checkpoint is true, but output_dir={training_args.output_dir!r} holds no "
+                "checkpoint: start anew "
+                "without it (checkpoints are written where save_strategy is 'steps' or 'epoch')"
+            )
+        return True
+    if wanted.lower() != "false":
+        if not Path(wanted).is_dir():
+            raise FileNotFoundError(f"resume_from_checkpoint={wanted!r} is no folder")
+        return wanted
+    is_finished = any((output_dir / name).exists() for name in ("adapter_config.json", "config.json"))
+    if is_finished or has_checkpoint:
+        state = "a finished run" if is_finished else "the checkpoints of an interrupted run"
+        raise FileExistsError(
+            f"output_dir={training_args.output_dir!r} already holds {state}: choose another --output_dir, delete "
+            "the folder" + (", or continue with --resume_from_checkpoint true" if has_checkpoint else "")
+        )
+    return None
+
+
+def _listed(values: dict) -> str:
+    """`a=1 and b=2`."""
+    return " and ".join(f"{name}={value!r}" for name, value in values.items())

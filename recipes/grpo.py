@@ -1,0 +1,70 @@
+"""RL: TRL's `GRPOTrainer`, unmodified, on problems with GSM8K's columns.
+
+    python recipes/grpo.py --config recipes/toy/grpo.yaml --output_dir results/grpo-13
+    accelerate launch --config_file recipes/accelerate/single.yaml recipes/grpo.py --config recipes/toy/grpo.yaml
+
+Differs from `sft.py` in the trainer, its config, the reward and the columns of the rows; every other line is equal.
+"""
+
+import trl
+from arguments import AdapterArguments, RecipeArguments, build_peft_config, resume_point
+
+from trl_tinylora.tasks import gsm8k
+
+
+ARGUMENTS = (RecipeArguments, trl.GRPOConfig, trl.ModelConfig, AdapterArguments)
+
+
+def main(
+    script_args: RecipeArguments,
+    training_args: trl.GRPOConfig,
+    model_args: trl.ModelConfig,
+    adapter_args: AdapterArguments,
+) -> trl.GRPOTrainer:
+    """
+    Trains, and saves the adapter (or the whole model) and the tokenizer into `training_args.output_dir`.
+
+    Args:
+        script_args (`RecipeArguments`): The rows.
+        training_args ([`~trl.GRPOConfig`]): The trainer's own arguments.
+        model_args ([`~trl.ModelConfig`]): The model, and the `lora_*` arguments.
+        adapter_args (`AdapterArguments`): What is trained.
+    Returns:
+        [`~trl.GRPOTrainer`]: After training.
+    Raises:
+        ValueError: If arguments contradict each other.
+        FileExistsError: If the output folder already holds a run.
+    """
+    resume_from_checkpoint = resume_point(training_args)
+    peft_config = build_peft_config(adapter_args, model_args)
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    } | (training_args.model_init_kwargs or {})
+
+    def load(split):
+        return gsm8k.load_rows(script_args.dataset_name, split, script_args.dataset_config, script_args.limit)
+
+    # Shuffled here, so that with `shuffle_dataset: false` and `train_sampling_strategy: sequential` RL and SFT see the
+    # same problems in the same order.
+    train_rows = load(script_args.dataset_train_split).shuffle(seed=training_args.seed)
+    eval_rows = load(script_args.dataset_test_split) if training_args.eval_strategy != "no" else None
+
+    trainer = trl.GRPOTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        reward_funcs=gsm8k.strict_reward,
+        train_dataset=gsm8k.for_rl(train_rows),
+        eval_dataset=gsm8k.for_rl(eval_rows) if eval_rows is not None else None,
+        quantization_config=trl.get_quantization_config(model_args),
+        peft_config=peft_config,
+    )
+    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"Saved to {training_args.output_dir}")
+    return trainer
+
+
+if __name__ == "__main__":
+    main(*trl.TrlParser(ARGUMENTS).parse_args_and_config()).end()
