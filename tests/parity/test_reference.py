@@ -335,7 +335,7 @@ def test_a_saved_adapter_is_the_formula_in_a_fresh_process(tiny_qwen2, token_ids
         [sys.executable, "-c", LOAD_IN_A_FRESH_PROCESS, str(tmp_path), str(len(VARIANTS))],
         check=True,
         env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
-        timeout=300,
+        timeout=600,
     )
 
     outputs = torch.load(tmp_path / "outputs.pt")

@@ -169,7 +169,7 @@ def run(script, *flags):
         [sys.executable, *flags, "-c", script],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 0 and done.stdout.rstrip().endswith("DONE"), done.stderr[-3000:]
