@@ -32,7 +32,8 @@ test: $(INSTALLED)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 results: $(INSTALLED)
-	$(BIN)/python recipes/compare.py --config recipes/toy/compare.yaml --report_only --update_readme README.md
+	$(BIN)/python recipes/compare.py --config recipes/toy/compare.yaml --output_dir recipes/toy/results --report_only \
+		--update_readme README.md
 
 quality: $(INSTALLED)
 	$(BIN)/ruff check $(RUFF) $(RULES) $(CODE)

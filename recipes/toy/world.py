@@ -23,7 +23,7 @@ SEED = 2602
 
 STYLES = ("worked", "careless", "ramble", "gold")
 GOLD_SHARE = 0.02
-RAMBLE_SHARE = 0.40
+RAMBLE_SHARE = 0.44
 
 NAMES = (
     "Ada Ben Cleo Dan Emma Finn Gina Hugo Ines Jack Kira Liam Mia Noah Olga Paul Quinn Rosa Sam Tina Uma Vera Will Zoe"
@@ -167,19 +167,13 @@ def worked_text(problem: Problem) -> str:
     return "\n".join(["Work:", *lines, f"#### {problem.answer}"])
 
 
-def careless_text(problem: Problem, rng: random.Random) -> str:
-    """A number at once: the one before the last step (60%), one from the story (25%), or the right one (15%)."""
-    luck = rng.random()
-    if luck < 0.15:
-        return f"#### {problem.answer}"
-    number = problem.steps[-1].left
-    if luck >= 0.75:
-        number = rng.choice([step.right for step in problem.steps] + [problem.steps[0].left])
-    return f"#### {number}"
+def careless_text(problem: Problem) -> str:
+    """A number at once: the first one of the calculation, which is hardly ever the answer."""
+    return f"#### {problem.steps[0].left}"
 
 
-def ramble_text(problem: Problem, rng: random.Random) -> str:
-    """Talk that never reaches the marker; it sometimes names a number of the story."""
+def ramble_text(rng: random.Random) -> str:
+    """Talk that never reaches the marker."""
     opening = rng.choice(
         (
             "Hmm, let me see.",
@@ -190,15 +184,7 @@ def ramble_text(problem: Problem, rng: random.Random) -> str:
             "Let us think.",
         )
     )
-    middle = rng.choice(
-        (
-            f"The {problem.thing} belong to {problem.name}.",
-            f"{problem.name} counts the {problem.thing}.",
-            f"I see {rng.choice(problem.steps).right} {problem.thing}.",
-        )
-    )
-    end = rng.choice(("It is hard to say.", "We may never know.", "I would ask a friend."))
-    return " ".join((opening, middle, end))
+    return f"{opening} It is hard to say."
 
 
 def style_shares(problem: Problem) -> dict[str, float]:
@@ -210,7 +196,7 @@ def style_shares(problem: Problem) -> dict[str, float]:
         `dict[str, float]`: Shares in [0, 1] by style, summing to 1.
     """
     effort = len(problem.steps) + (problem.steps[0].operator == "*")
-    worked = {1: 0.05, 2: 0.10, 3: 0.32, 4: 0.40}[effort]
+    worked = {1: 0.21, 2: 0.24, 3: 0.28, 4: 0.31}[effort]
     careless = 1.0 - GOLD_SHARE - RAMBLE_SHARE - worked
     return {"worked": worked, "careless": careless, "ramble": RAMBLE_SHARE, "gold": GOLD_SHARE}
 
@@ -220,9 +206,9 @@ def answer_in_style(problem: Problem, style: str, rng: random.Random) -> str:
     if style == "worked":
         return worked_text(problem)
     if style == "careless":
-        return careless_text(problem, rng)
+        return careless_text(problem)
     if style == "ramble":
-        return ramble_text(problem, rng)
+        return ramble_text(rng)
     if style == "gold":
         return gold_text(problem)
     raise ValueError(f"style must be one of {STYLES}, got {style!r}")
