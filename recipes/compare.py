@@ -657,7 +657,7 @@ def read_provenance() -> dict:
             return importlib.metadata.version(package)
 
     commit = git("rev-parse", "HEAD") if shutil.which("git") else None
-    status = git("status", "--porcelain", "--", ":/", ":(exclude,top)recipes/*/results") if commit else None
+    status = git("status", "--porcelain", "--", ":/", ":(exclude,top)recipes/*/results/**") if commit else None
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -1,6 +1,7 @@
 """The recipe scripts, their YAML files, the comparison and its report. CPU, no network, about a minute on one core."""
 
 import json
+import subprocess
 import sys
 from concurrent.futures import Future
 from pathlib import Path
@@ -591,3 +592,24 @@ def test_the_readmes_table_is_the_committed_results():
     readme = (ROOT / "README.md").read_text()
     committed = json.loads((TOY / "results" / "summary.json").read_text())
     assert report.renewed_readme(readme, "toy", committed) == readme, "run `make results`"
+
+
+def test_results_not_yet_committed_do_not_count_as_changes_but_other_files_do(tmp_path, monkeypatch):
+    def git(*command):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *command], cwd=tmp_path, check=True)
+
+    git("init", "-q")
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "compare.py").write_text("")
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    monkeypatch.setattr(compare, "__file__", str(tmp_path / "recipes" / "compare.py"))
+    assert compare.read_provenance()["git"]["is_dirty"] is False
+
+    results = tmp_path / "recipes" / "toy" / "results" / "runs"
+    results.mkdir(parents=True)
+    (results / "run.json").write_text("{}")
+    assert compare.read_provenance()["git"]["is_dirty"] is False
+
+    (tmp_path / "recipes" / "other.py").write_text("")
+    assert compare.read_provenance()["git"]["is_dirty"] is True
