@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from .config import TinyLoraConfig
 from .decomposition import basis_projections, gaussian_projections, mix, unmix
+from .distributed import gathered, is_spread, whole
 from .tying import assign_groups, count_groups
 
 
@@ -43,7 +44,7 @@ class Vectors(nn.Module):
     def __init__(self, config: TinyLoraConfig, names: list[str], first_block: str, device: torch.device):
         super().__init__()
         self.first_block = first_block
-        shape = (count_groups(names, config.n_tie, config.tying), config.u)
+        self.shape = shape = (count_groups(names, config.n_tie, config.tying), config.u)
         # TRL casts every trainable parameter of a quantised model to bfloat16, where small updates stall, unless its
         # name holds this token (trl v1.16.0, trl/trainer/grpo_trainer.py:536-541).
         self.lora_magnitude_vector = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device))
@@ -62,7 +63,7 @@ class Vectors(nn.Module):
 
     @property
     def values_GK(self) -> torch.Tensor:
-        """v, shape (groups, u), dtype float32."""
+        """v, shape (groups, u), dtype float32; under ZeRO-3 and FSDP2 this process's share of it between passes."""
         return self.lora_magnitude_vector
 
     def refresh(self) -> None:
@@ -74,7 +75,7 @@ class Vectors(nn.Module):
 
     @torch.no_grad()
     def mixing(self, index: int) -> torch.Tensor:
-        """Returns R of one module from the present values.
+        """Returns R of one module from the present values, gathered from all processes where they are spread.
 
         Args:
             index (`int`): Position of the module among the adapted ones.
@@ -84,7 +85,9 @@ class Vectors(nn.Module):
         """
         dtype = torch.promote_types(self.values_GK.dtype, torch.float32)
         one = slice(index, index + 1)
-        return mix(self.values_GK.to(dtype), self.groups_M[one], self.projections_MKRR[one].to(dtype))[0]
+        with gathered([self.values_GK]):
+            values_GK = whole(self.values_GK).to(dtype)
+            return mix(values_GK, self.groups_M[one], self.projections_MKRR[one].to(dtype))[0]
 
     def current_mixing(self, index: int) -> torch.Tensor:
         """Returns R of one module as of the forward pass under way.
@@ -98,7 +101,8 @@ class Vectors(nn.Module):
         Raises:
             RuntimeError: If the layer was reached without a pass through the first adapted block.
         """
-        if self.mixing_MRR is None or self.computed_from != self._state_of_values():
+        state = self._state_of_values()
+        if self.mixing_MRR is None or (state is not None and state != self.computed_from):
             raise RuntimeError(
                 "an adapted layer was called outside the model's forward pass: TinyLoRA computes every module's update "
                 "where the hidden states enter the first adapted block. Call the whole model."
@@ -137,13 +141,14 @@ class Vectors(nn.Module):
     def collect(self) -> torch.Tensor:
         """Returns the gradient of the values from what the layers' backward passes left, and empties the buffer."""
         if self.grad_MRR is None:
-            return torch.zeros_like(self.values_GK)
-        grad = unmix(self.grad_MRR, self.groups_M, self.projections_MKRR.to(self.grad_MRR.dtype), len(self.values_GK))
+            return torch.zeros(self.shape, dtype=self.values_GK.dtype, device=self.values_GK.device)
+        grad = unmix(self.grad_MRR, self.groups_M, self.projections_MKRR.to(self.grad_MRR.dtype), self.shape[0])
         self.grad_MRR = None
         return grad.to(self.values_GK.dtype)
 
-    def _state_of_values(self) -> tuple:
-        return self.values_GK.data_ptr(), self.values_GK._version
+    def _state_of_values(self) -> tuple | None:
+        # Gathered anew for every use, such values lie elsewhere each time, and in the layers they are not whole.
+        return None if is_spread(self.values_GK) else (self.values_GK.data_ptr(), self.values_GK._version)
 
     def _apply(self, fn, recurse=True):
         # The side buffers follow the module to another device or dtype by being made anew there.

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .bank import MixingStep, TinyLoraBank, TinyLoraLayer, Vectors
 from .decomposition import delta_weight
+from .distributed import is_partitioned, spread_like, swap, whole
 
 
 class Linear(nn.Module, TinyLoraLayer):
@@ -146,30 +147,38 @@ class Linear(nn.Module, TinyLoraLayer):
 
         Raises:
             ValueError: If `safe_merge` and the result is not finite; nothing is changed then.
+            RuntimeError: If ZeRO-3 has the weight partitioned.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.trl_tinylora_place]
         if not names:
             return
         weight = self.get_base_layer().weight
+        if is_partitioned(weight):
+            raise RuntimeError(
+                "this weight is partitioned by ZeRO-3, and what is merged into its parts would be lost. Merge, use and "
+                "unmerge inside `with deepspeed.zero.GatheredParameters(list(model.parameters())):`, or load the "
+                "adapter on an ordinary model."
+            )
         original = weight.data if self._unmerged_weight is None else self._unmerged_weight
         total = original.to(torch.promote_types(original.dtype, torch.float32))
         for name in [*self.merged_adapters, *names]:
-            total = total + self.get_delta_weight(name).to(total.device)
+            total = total + spread_like(self.get_delta_weight(name).to(total.device), total)
         merged = total.to(original.dtype)
-        if safe_merge and not torch.isfinite(merged).all():
+        if safe_merge and not whole(torch.isfinite(merged).all()):
             raise ValueError(
                 f"merging {', '.join(names)} gives weights that are not finite in {original.dtype}. Check the "
                 "adapter's values with `print(model.state_dict())`, or merge into a model of a wider dtype."
             )
-        self._unmerged_weight = original
-        weight.data = merged
+        previous = swap(weight, merged)
+        if self._unmerged_weight is None:
+            self._unmerged_weight = previous
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
         """Puts the original weight back, bit for bit."""
         if self._unmerged_weight is not None:
             weight = self.get_base_layer().weight
-            weight.data = self._unmerged_weight.to(weight.device)
+            swap(weight, self._unmerged_weight.to(weight.device))
             self._unmerged_weight = None
         self.merged_adapters.clear()
 

@@ -15,8 +15,9 @@ from tqdm import tqdm
 from .bank import TinyLoraBank, TinyLoraLayer, Vectors
 from .config import TinyLoraConfig
 from .decomposition import truncated_svd
+from .distributed import gathered, is_spread, same_on_all, whole
 from .layer import Linear
-from .targets import resolve_target_modules, unwrap, weight_as_OI
+from .targets import as_OI, resolve_target_modules, unwrap
 
 
 BANK = "tinylora_bank"
@@ -161,7 +162,7 @@ class TinyLoraModel(BaseTuner):
         (vectors,) = (
             module.trl_tinylora_v[adapter_name] for module in model.modules() if isinstance(module, TinyLoraBank)
         )
-        expected = tuple(vectors.values_GK.shape)
+        expected = vectors.shape
         if tuple(values.shape) != expected:
             raise ValueError(
                 f"the checkpoint holds values of shape {tuple(values.shape)}, this adapter has {expected} (groups, u). "
@@ -201,13 +202,20 @@ def compute_factors(model: nn.Module, names: list[str], rank: int) -> dict[str, 
         if linear.weight.is_meta:
             raise ValueError(
                 f"the weight of {name} is on the meta device: it has no values yet. Load the model's weights first "
-                "(`from_pretrained` without `device_map='meta'` or `init_empty_weights`)."
+                "(`from_pretrained` without `device_map='meta'` or `init_empty_weights`; under FSDP with "
+                "`fsdp_cpu_ram_efficient_loading: false`, for otherwise only the first process has them)."
             )
         unmerged = module._unmerged_weight if isinstance(module, Linear) else None
+        must_gather = is_spread(linear.weight)
         try:
-            factors[name] = truncated_svd(weight_as_OI(linear, unmerged), rank)
+            # One weight at a time: what is whole at any moment is small beside the model.
+            with gathered([linear.weight]):
+                weight = whole(linear.weight.data if unmerged is None else unmerged)
+                factors[name] = truncated_svd(as_OI(linear, weight), rank)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+        if must_gather:
+            same_on_all(factors[name])
     return factors
 
 

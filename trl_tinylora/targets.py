@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Optional, Union
+from typing import Union
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from .config import TinyLoraConfig
+from .distributed import full_shape
 
 
 # Conv1D keeps its weight as (in_features, out_features).
@@ -46,17 +47,16 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def weight_as_OI(linear: nn.Module, weight: Optional[torch.Tensor] = None) -> torch.Tensor:
+def as_OI(linear: nn.Module, weight: torch.Tensor) -> torch.Tensor:
     """Returns a view of a linear layer's weight as (out_features, in_features).
 
     Args:
         linear (`torch.nn.Module`): `nn.Linear` or `Conv1D`.
-        weight (`torch.Tensor`, *optional*): What to view instead of its present weight, in the layer's own layout.
+        weight (`torch.Tensor`): Its weight, in the layer's own layout.
 
     Returns:
         `torch.Tensor` of shape `(out_features, in_features)`.
     """
-    weight = linear.weight.data if weight is None else weight
     return weight.T if isinstance(linear, Conv1D) else weight
 
 
@@ -102,15 +102,15 @@ def resolve_target_modules(model: nn.Module, config: TinyLoraConfig) -> list[str
                 f"target_modules={asked_for!r} matches {name}, a {type(linear).__name__}; TinyLoRA adapts "
                 "`torch.nn.Linear` and `Conv1D`. Name linear layers only, or put it into `exclude_modules`."
             )
-        smallest = min(linear.weight.shape) if linear.weight.dim() == 2 else None
-        if smallest is None:
+        shape = full_shape(linear.weight)
+        if len(shape) != 2:
             raise ValueError(
-                f"the weight of {name} has shape {tuple(linear.weight.shape)}: it is sharded or not loaded, and its "
-                "singular values cannot be computed. Build the adapter on a whole model."
+                f"the weight of {name} has shape {shape}: it is not loaded, or sharded by something other than ZeRO-3 "
+                "and FSDP2, and its singular values cannot be computed. Build the adapter on a whole model."
             )
-        if config.r > smallest:
+        if config.r > min(shape):
             raise ValueError(
-                f"r={config.r} exceeds the rank {smallest} that {name} of shape {tuple(linear.weight.shape)} can have. "
-                f"Lower `r` to {smallest} or put the module into `exclude_modules`."
+                f"r={config.r} exceeds the rank {min(shape)} that {name} of shape {shape} can have. "
+                f"Lower `r` to {min(shape)} or put the module into `exclude_modules`."
             )
     return names

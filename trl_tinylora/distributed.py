@@ -1,0 +1,128 @@
+"""All that this package knows of DeepSpeed and FSDP2: tensors of which a process holds only its share.
+
+Under ZeRO-3 a parameter is empty (shape `(0,)`) until it is gathered; under FSDP2 it is a `DTensor`. Every function
+here is the identity on ordinary tensors, and imports neither DeepSpeed nor anything of FSDP unless it meets one of
+theirs. Gathering is a collective operation: all processes have to get there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """Returns the shape of the whole tensor, whatever this process holds of it.
+
+    Args:
+        parameter (`torch.Tensor`): Ordinary, partitioned by ZeRO-3 or a `DTensor`.
+
+    Returns:
+        `tuple[int, ...]`
+    """
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def is_partitioned(parameter: torch.Tensor) -> bool:
+    """Returns whether ZeRO-3 has this parameter partitioned at the moment, so that it cannot be read.
+
+    Args:
+        parameter (`torch.Tensor`): Any tensor.
+
+    Returns:
+        `bool`
+    """
+    return hasattr(parameter, "ds_shape") and parameter.shape != parameter.ds_shape
+
+
+def is_spread(parameter: torch.Tensor) -> bool:
+    """Returns whether the tensor is spread over processes, whether or not it is gathered at the moment.
+
+    Args:
+        parameter (`torch.Tensor`): Any tensor.
+
+    Returns:
+        `bool`
+    """
+    return hasattr(parameter, "ds_shape") or isinstance(parameter, DTensor)
+
+
+@contextmanager
+def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """
+    Makes ZeRO-3's parameters whole inside the context, for reading; those that are whole already stay as they are.
+
+    Args:
+        parameters (`Iterable[torch.nn.Parameter]`): Parameters, the same on every process.
+    """
+    partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned):
+        yield
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the whole tensor that a `DTensor` is this process's share of.
+
+    Args:
+        tensor (`torch.Tensor`): Any tensor.
+
+    Returns:
+        `torch.Tensor`
+    """
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def spread_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Returns a whole tensor, the same on every process, spread as another one is.
+
+    Args:
+        tensor (`torch.Tensor`): Ordinary tensor.
+        like (`torch.Tensor`): Where it is a `DTensor`, its device mesh and placements are taken.
+
+    Returns:
+        `torch.Tensor`
+    """
+    if not isinstance(like, DTensor):
+        return tensor
+    # No communication: every process cuts its share out of its own copy.
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def swap(parameter: nn.Parameter, tensor: torch.Tensor) -> torch.Tensor:
+    """Puts a tensor in a parameter's place, and returns what stood there.
+
+    Args:
+        parameter (`torch.nn.Parameter`): Ordinary, gathered by ZeRO-3 or a `DTensor`.
+        tensor (`torch.Tensor`): Of its shape and dtype, spread as it is.
+
+    Returns:
+        `torch.Tensor`
+    """
+    if isinstance(parameter, DTensor):
+        # FSDP2 gathers from storage of its own, which the parameter only views.
+        former = parameter.detach().clone()
+        with torch.no_grad():
+            parameter.copy_(tensor)
+        return former
+    former, parameter.data = parameter.data, tensor
+    return former
+
+
+def same_on_all(tensors: Iterable[torch.Tensor]) -> None:
+    """Overwrites tensors with those of the first process, so that processors of two makes cannot disagree in a bit.
+
+    Args:
+        tensors (`Iterable[torch.Tensor]`): Contiguous tensors, of the same shapes on every process.
+    """
+    for tensor in tensors:
+        dist.broadcast(tensor, src=0)
