@@ -7,12 +7,17 @@ DeepSpeed's settings come from where users take them. For each case rank 0 write
 
 import argparse
 import contextlib
+import hashlib
+import io
 import json
 import os
 import random
+import signal
 import sys
+import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -23,8 +28,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointFunction
 from transformers import DistributedConfig, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl.distributed import DistributedBackend
+from trl.generation.vllm_generation import VLLMGeneration
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 
 import trl_tinylora.model
+from arguments import resume_point
 from trl_tinylora import TinyLoraConfig
 from trl_tinylora.bank import Vectors
 from trl_tinylora.decomposition import mix
@@ -63,10 +73,10 @@ def reward(completion_ids, **kwargs):
 
 def make_trainer(case, base, rows, output_dir):
     """A trainer of TRL's, unmodified, for one case."""
-    processes = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    processes = int(os.environ.get("WORLD_SIZE", 1))
     accumulation = case.get("accumulation", 1)
     arguments = {
-        "output_dir": str(output_dir),
+        "output_dir": str(output_dir / case.get("folder", case["name"])),
         "max_steps": case.get("max_steps", STEPS),
         "per_device_train_batch_size": ROWS // processes // accumulation,
         "gradient_accumulation_steps": accumulation,
@@ -90,7 +100,13 @@ def make_trainer(case, base, rows, output_dir):
     peft_config = TinyLoraConfig(**case.get("fields", {}))
     if case["trainer"] == "sft":
         config = SFTConfig(**arguments, model_init_kwargs=model_init_kwargs)
-        return SFTTrainer(base, config, train_dataset=Dataset.from_list(rows), peft_config=peft_config)
+        return SFTTrainer(
+            base,
+            config,
+            train_dataset=Dataset.from_list(rows),
+            eval_dataset=Dataset.from_list(rows[:4]) if config.eval_strategy != "no" else None,
+            peft_config=peft_config,
+        )
     config = GRPOConfig(
         **{"num_generations": GROUP, "shuffle_dataset": False, "beta": 0.1, **arguments},
         model_init_kwargs=model_init_kwargs,
@@ -127,16 +143,52 @@ def no_gather():
     return mock.patch.object(trl_tinylora.model, "gathered", lambda parameters: contextlib.nullcontext())
 
 
-def own_gradients():
-    """Control: every process keeps the gradient of its own rows."""
-    return mock.patch.object(Vectors, "collect", lambda vectors, collect=Vectors.collect: collect(vectors) * skew())
+def lost_gradient():
+    """Control: what the second process's rows say is lost."""
+
+    def collect(vectors, collect=Vectors.collect):
+        return collect(vectors) * (1 - dist.get_rank())
+
+    return mock.patch.object(Vectors, "collect", collect)
 
 
-def skew():
-    return 1.0 if not dist.is_initialized() or dist.get_rank() == 0 else 0.0
+def one_rank_fails():
+    """Control: the second process fails in the third backward pass."""
+    passes = []
+
+    def collect(vectors, collect=Vectors.collect):
+        passes.append(1)
+        if len(passes) == 3 and dist.get_rank() == 1:
+            raise RuntimeError("this process was told to fail")
+        return collect(vectors)
+
+    return mock.patch.object(Vectors, "collect", collect)
 
 
-CONTROLS = {None: contextlib.nullcontext, "plain autograd": plain_autograd, "no gather": no_gather, "one rank": own_gradients}
+CONTROLS = {
+    None: contextlib.nullcontext,
+    "plain autograd": plain_autograd,
+    "no gather": no_gather,
+    "lost gradient": lost_gradient,
+    "one rank fails": one_rank_fails,
+}
+
+
+@contextlib.contextmanager
+def whole_weights_while_building(most):
+    """Appends to `most` how many of the model's spread weights were whole whenever singular vectors were taken."""
+    models, compute, decompose = [], trl_tinylora.model.compute_factors, trl_tinylora.model.truncated_svd
+
+    def computing(model, names, rank):
+        models.append(model)
+        return compute(model, names, rank)
+
+    def decomposing(weight, rank):
+        most.append(sum(hasattr(p, "ds_shape") and p.shape == p.ds_shape for p in models[-1].parameters()))
+        return decompose(weight, rank)
+
+    with mock.patch.multiple(trl_tinylora.model, compute_factors=computing, truncated_svd=decomposing):
+        yield
 
 
 class DtypeInForward(TrainerCallback):
@@ -149,8 +201,70 @@ class DtypeInForward(TrainerCallback):
         self.seen.add(str(values_of(model).dtype))
 
 
+class KilledAfter(TrainerCallback):
+    """SIGKILL to this process at the end of a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_while_writing(file_name, occurrence):
+    """SIGKILL to this process when a file of that name is half written for the n-th time."""
+    save, seen = torch.save, []
+
+    def half(content, file, *args, **kwargs):
+        if os.path.basename(str(file)) == file_name:
+            seen.append(file)
+            if len(seen) == occurrence:
+                whole_file = io.BytesIO()
+                save(content, whole_file, *args, **kwargs)
+                with open(file, "wb") as half_written:
+                    half_written.write(whole_file.getvalue()[: whole_file.tell() // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+        save(content, file, *args, **kwargs)
+
+    return mock.patch.object(torch, "save", half)
+
+
 def values_of(model):
     return next(parameter for name, parameter in model.named_parameters() if ".default.lora_magnitude_vector" in name)
+
+
+def digest(tensor):
+    """SHA-256 of a tensor's bytes."""
+    return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def transfer_to_vllm(trainer, cycles):
+    """Drives TRL's own weight transfer; digests of what it yields, first and last, and of the base before and after."""
+    transfer = object.__new__(VLLMGeneration)
+    transfer.model, transfer.accelerator = trainer.model, trainer.accelerator
+    transfer._dist = DistributedBackend(trainer.accelerator)
+    if any(isinstance(parameter, DTensor) for parameter in trainer.model.parameters()):
+        # Sharded by transformers, the model is no FSDP model to accelerate, which is what TRL asks.
+        transfer._dist = SimpleNamespace(is_fsdp=True, fsdp_version=2, gather_params=lambda _: contextlib.nullcontext())
+
+    def yielded():
+        # Read at once, as vLLM does: behind the loop the weights are the base's again.
+        return {name: digest(whole(weight)) for name, weight in transfer._iter_named_params()}
+
+    def base():
+        weights = {name: p for name, p in trainer.model.named_parameters() if "trl_tinylora_" not in name}
+        found = {}
+        for name, weight in weights.items():
+            with gathered([weight]):
+                found[name] = digest(whole(weight.detach()))
+        return found
+
+    before, first = base(), yielded()
+    for _ in range(cycles - 2):
+        for _ in transfer._iter_named_params():
+            pass
+    return {"yielded": first, "yielded_last": yielded(), "base_kept": before == base(), "base": before}
 
 
 def observe(case, base, rows, output_dir):
@@ -161,31 +275,51 @@ def observe(case, base, rows, output_dir):
         reentrant.append(1)
         return plain(*args)
 
-    dtypes = set()
-    with CONTROLS[case.get("control")](), mock.patch.object(CheckpointFunction, "backward", staticmethod(counted)):
+    dtypes, whole_weights = set(), []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(CONTROLS[case.get("control")]())
+        stack.enter_context(mock.patch.object(CheckpointFunction, "backward", staticmethod(counted)))
+        stack.enter_context(whole_weights_while_building(whole_weights))
+        started = time.perf_counter()
         trainer = make_trainer(case, base, rows, output_dir)
         trainer.add_callback(DtypeInForward(dtypes))
-        trainer.train(resume_from_checkpoint=case.get("resume"))
+        if "kill_after" in case:
+            trainer.add_callback(KilledAfter(case["kill_after"]))
+        if "kill_while_writing" in case:
+            stack.enter_context(killed_while_writing(*case["kill_while_writing"]))
+        trainer.train(resume_from_checkpoint=resume_point(trainer.args))
+        seconds = time.perf_counter() - started
     if case.get("save"):
-        trainer.save_model(str(output_dir))
+        trainer.save_model()
     model = trainer.accelerator.unwrap_model(trainer.model)
     values = values_of(model)
     with gathered([values]):
         final = whole(values.detach()).float().flatten().tolist()
-    factors = [buffer for name, buffer in model.named_buffers() if "trl_tinylora_left" in name or "_right" in name]
-    checksum = sum(buffer.double().abs().sum().item() for buffer in factors)
-    spread = sum(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
-    return {
+    factors = {
+        name: digest(buffer)
+        for name, buffer in model.named_buffers()
+        if "trl_tinylora_left" in name or "trl_tinylora_right" in name
+    }
+    found = {
         "values": final,
         "dtypes_in_forward": sorted(dtypes),
         "reentrant_backwards": len(reentrant),
-        "factor_checksum": checksum,
-        "spread_parameters": spread,
+        "factors": factors,
+        "most_whole_weights_while_building": max(whole_weights),
+        "spread_parameters": sum(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters()),
         "processes": dist.get_world_size() if dist.is_initialized() else 1,
         "engine": type(trainer.model_wrapped).__name__,
         "zero_stage": getattr(trainer.accelerator.state.deepspeed_plugin, "zero_stage", None),
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "seconds": seconds,
     }
+    if found["zero_stage"]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        found["master"] = safe_get_full_fp32_param(values).flatten().tolist()
+    if case.get("transfers"):
+        found |= transfer_to_vllm(trainer, case["transfers"])
+    return found
 
 
 def forget_the_last_case():
@@ -202,7 +336,7 @@ def main():
     failed = False
     for case in job["cases"]:
         try:
-            found = observe(case, job["base"], job["rows"], output_dir / case["name"])
+            found = observe(case, job["base"], job["rows"], output_dir)
         except Exception as error:
             failed = True
             found = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}

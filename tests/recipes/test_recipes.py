@@ -178,7 +178,16 @@ def test_a_run_is_never_written_over(tmp_path):
     with pytest.raises(FileExistsError, match="a finished run: choose another --output_dir"):
         resume_point(training_args)
     training_args.resume_from_checkpoint = "true"
-    assert resume_point(training_args) is True
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
+        resume_point(training_args)
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text("{}")
+    # Written before it, but not to the end.
+    (tmp_path / "checkpoint-20").mkdir()
+    (tmp_path / "checkpoint-20" / "trainer_state.json").write_text('{"step')
+    assert resume_point(training_args) == str(tmp_path / "checkpoint-10")
+    training_args.resume_from_checkpoint = str(tmp_path / "checkpoint-20")
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
+        resume_point(training_args)
     training_args.resume_from_checkpoint = str(tmp_path / "checkpoint-11")
     with pytest.raises(FileNotFoundError, match="checkpoint-11"):
         resume_point(training_args)
