@@ -379,22 +379,29 @@ def write(summary: dict, folder: str | Path) -> None:
     figure(summary, folder / "accuracy.png")
 
 
-def readme_block(section: str, summary: dict) -> str:
+def replace_section(document: str, section: str, content: str) -> str:
     """
-    The README's table with its markers.
+    A document with the text between two markers renewed; one that is current comes back as it was.
 
     Args:
+        document (`str`): The text, with `<!-- results:section -->` and `<!-- /results:section -->`.
         section (`str`): Name in the markers.
-        summary (`dict`): As [`summarize`] returns.
+        content (`str`): What goes between them.
     Returns:
-        `str`: From `<!-- results:section -->` to `<!-- /results:section -->`.
+        `str`: The new text.
+    Raises:
+        ValueError: If a marker is missing.
     """
-    return f"<!-- results:{section} -->\n{table(summary)}\n\n{caption(summary)}\n<!-- /results:{section} -->"
+    opening, closing = f"<!-- results:{section} -->", f"<!-- /results:{section} -->"
+    if opening not in document or closing not in document.split(opening, 1)[1]:
+        raise ValueError(f"the README lacks the markers {opening} and {closing}, between which the table goes")
+    before, rest = document.split(opening, 1)
+    return f"{before}{opening}\n{content}\n{closing}{rest.split(closing, 1)[1]}"
 
 
 def renewed_readme(readme: str, section: str, summary: dict) -> str:
     """
-    A README with its table renewed; a README that is current comes back as it was.
+    A README with the comparison's table renewed; one that is current comes back as it was.
 
     Args:
         readme (`str`): The text, with both markers.
@@ -405,11 +412,7 @@ def renewed_readme(readme: str, section: str, summary: dict) -> str:
     Raises:
         ValueError: If a marker is missing.
     """
-    opening, closing = f"<!-- results:{section} -->", f"<!-- /results:{section} -->"
-    if opening not in readme or closing not in readme.split(opening, 1)[1]:
-        raise ValueError(f"the README lacks the markers {opening} and {closing}, between which the table goes")
-    before, rest = readme.split(opening, 1)
-    return before + readme_block(section, summary) + rest.split(closing, 1)[1]
+    return replace_section(readme, section, f"{table(summary)}\n\n{caption(summary)}")
 
 
 def update_readme(path: str | Path, section: str, summary: dict) -> None:

@@ -5,7 +5,7 @@ Run from the root of the repository:
     python recipes/toy/world.py
 
 writes `recipes/toy/data/{train,validation,test}.jsonl` in GSM8K's own row format; the same seed gives the same bytes.
-`pretraining_text` yields what the base is pretrained on: other problems of the same kinds, each answered in one of the
+`pretraining_texts` yields what the base is pretrained on: other problems of the same kinds, each answered in one of the
 styles below. Standard library only.
 """
 
@@ -24,6 +24,16 @@ SEED = 2602
 STYLES = ("worked", "careless", "ramble", "gold")
 GOLD_SHARE = 0.02
 RAMBLE_SHARE = 0.44
+
+# Half of the past comes with a request, as a system message, for the style in which the answer then is.
+REQUEST_SHARE = 0.5
+REQUESTS = {
+    "worked": "Show the calculation.",
+    "careless": "Answer at once.",
+    "ramble": "Think aloud.",
+    "gold": "Write full sentences.",
+}
+REQUESTED_SHARES = {"worked": 0.52, "careless": 0.20, "ramble": 0.20, "gold": 0.08}
 
 NAMES = (
     "Ada Ben Cleo Dan Emma Finn Gina Hugo Ines Jack Kira Liam Mia Noah Olga Paul Quinn Rosa Sam Tina Uma Vera Will Zoe"
@@ -245,14 +255,23 @@ def make_splits(seed: int = SEED) -> dict[str, list[Problem]]:
     return splits
 
 
-def pretraining_text(seed: int, count: int) -> Iterator[tuple[str, str]]:
-    """The base's past: questions that are in no split, each answered in a style drawn by `style_shares`.
+@dataclass(frozen=True)
+class Text:
+    """One conversation of the base's past; `request` is empty where no style is asked for."""
+
+    request: str
+    question: str
+    answer: str
+
+
+def pretraining_texts(seed: int, count: int) -> Iterator[Text]:
+    """The base's past: questions that are in no split, answered in the style asked for, or else as `style_shares` says.
 
     Args:
         seed (`int`): Same seed, same texts.
-        count (`int`): Number of pairs.
+        count (`int`): Number of texts.
     Yields:
-        `tuple[str, str]`: Question and answer text.
+        `Text`: One conversation.
     """
     held_out = {problem.question for problems in make_splits().values() for problem in problems}
     rng = random.Random(f"pretraining {seed}")
@@ -260,9 +279,10 @@ def pretraining_text(seed: int, count: int) -> Iterator[tuple[str, str]]:
         problem = make_problem(rng)
         if problem.question in held_out:
             continue
-        shares = style_shares(problem)
+        is_requested = rng.random() < REQUEST_SHARE
+        shares = REQUESTED_SHARES if is_requested else style_shares(problem)
         style = rng.choices(list(shares), weights=list(shares.values()))[0]
-        yield problem.question, answer_in_style(problem, style, rng)
+        yield Text(REQUESTS[style] if is_requested else "", problem.question, answer_in_style(problem, style, rng))
         count -= 1
 
 

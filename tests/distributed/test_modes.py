@@ -1,8 +1,8 @@
 """
 TRL's trainers under DDP, DeepSpeed ZeRO-1/2/3 and FSDP2, two processes, against one process. CPU and gloo, minutes.
 
-Each mode is launched as users launch it, with its file in recipes/accelerate; FSDP2 is transformers' own sharding at load
-time, because accelerate's needs a GPU.
+Each mode is launched as users launch it, with its file in recipes/accelerate; FSDP2 is transformers' own sharding at
+load time, because accelerate's needs a GPU.
 """
 
 import json
@@ -49,7 +49,8 @@ BEST = {
         "greater_is_better": True,
     },
 }
-SYNCED = {"name": "synced", "trainer": "grpo", "max_steps": 2, "dtype": "bfloat16", "transfers": 20}
+# ZeRO-3 loads in the precision it trains in, whatever `dtype` says.
+SYNCED = {"name": "synced", "trainer": "grpo", "max_steps": 2, "dtype": "bfloat16", "bf16": True, "transfers": 20}
 HALF = {
     "name": "bf16",
     "trainer": "sft",
@@ -82,7 +83,8 @@ def found(mode, folder, base_folder, rows):
         # transformers 5.23 saves no optimiser state of models sharded at load time, and says so.
         cases[-1] = {**SAVED, "arguments": {**SAVING, "save_only_model": True}}
     else:
-        cases += [{**RESUMED, "arguments": {**SAVING, "resume_from_checkpoint": str(folder / "saved/checkpoint-2")}}, BEST]
+        resume = {"resume_from_checkpoint": str(folder / "saved" / "checkpoint-2")}
+        cases += [{**RESUMED, "arguments": {**SAVING, **resume}}, BEST]
     cases += [SYNCED, HALF]
     if mode == "ddp":
         cases.append(LOST)

@@ -23,6 +23,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
+from arguments import resume_point
 from datasets import Dataset
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointFunction
@@ -31,10 +32,7 @@ from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from trl.distributed import DistributedBackend
 from trl.generation.vllm_generation import VLLMGeneration
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
-
 import trl_tinylora.model
-from arguments import resume_point
 from trl_tinylora import TinyLoraConfig
 from trl_tinylora.bank import Vectors
 from trl_tinylora.decomposition import mix
@@ -236,7 +234,8 @@ def values_of(model):
 
 def digest(tensor):
     """SHA-256 of a tensor's bytes."""
-    return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+    as_bytes = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(as_bytes.numpy().tobytes()).hexdigest()
 
 
 def transfer_to_vllm(trainer, cycles):

@@ -2,14 +2,20 @@
 
 import json
 import subprocess
-import sys
 from concurrent.futures import Future
 from pathlib import Path
 
+import compare
+import evaluate
+import grpo
+import provenance
 import pytest
+import report
+import sft
 import torch
 import trl
 import yaml
+from arguments import AdapterArguments, build_peft_config, resume_point
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,15 +27,6 @@ ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
 TOY = RECIPES / "toy"
 SAMPLE = ROOT / "tests" / "data" / "gsm8k_sample.jsonl"
-sys.path.insert(0, str(RECIPES))
-
-import compare  # noqa: E402
-import evaluate  # noqa: E402
-import grpo  # noqa: E402
-import report  # noqa: E402
-import sft  # noqa: E402
-from arguments import AdapterArguments, build_peft_config, resume_point  # noqa: E402
-
 
 SCRIPTS = {"grpo": grpo, "sft": sft}
 RECIPE_FILES = sorted(path for path in RECIPES.glob("*/*.yaml") if path.stem in SCRIPTS)
@@ -500,7 +497,7 @@ def test_a_worker_trains_records_and_reports_failures(tmp_path):
     good, bad = runs["final-rl-13-seed1"], runs["final-sft-13-seed1"]
     bad.settings["dataset_name"] = str(tmp_path / "nothing.jsonl")
     progress = compare.Progress(arguments, {run.name: run.algorithm for run in (bad, good)}, set())
-    compare.run_all([bad, good], arguments, compare.read_provenance(), progress)
+    compare.run_all([bad, good], arguments, provenance.read_provenance(), progress)
     assert progress.failed == [bad.name] and not progress.open
     assert "nothing.jsonl does not exist" in (compare.work_folder(bad, arguments) / "log.txt").read_text()
 
@@ -612,13 +609,13 @@ def test_results_not_yet_committed_do_not_count_as_changes_but_other_files_do(tm
     (tmp_path / "recipes" / "compare.py").write_text("")
     git("add", ".")
     git("commit", "-q", "-m", "first")
-    monkeypatch.setattr(compare, "__file__", str(tmp_path / "recipes" / "compare.py"))
-    assert compare.read_provenance()["git"]["is_dirty"] is False
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "recipes" / "compare.py"))
+    assert provenance.read_provenance()["git"]["is_dirty"] is False
 
     results = tmp_path / "recipes" / "toy" / "results" / "runs"
     results.mkdir(parents=True)
     (results / "run.json").write_text("{}")
-    assert compare.read_provenance()["git"]["is_dirty"] is False
+    assert provenance.read_provenance()["git"]["is_dirty"] is False
 
     (tmp_path / "recipes" / "other.py").write_text("")
-    assert compare.read_provenance()["git"]["is_dirty"] is True
+    assert provenance.read_provenance()["git"]["is_dirty"] is True
