@@ -1,4 +1,4 @@
-.PHONY: help compare compare-full test results quality style clean
+.PHONY: help compare compare-full test test-distributed results quality style clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -14,6 +14,7 @@ help:
 	@echo "make compare       RL against SFT on the toy, quick preset"
 	@echo "make compare-full  the same with learning-rate sweep and 3 seeds"
 	@echo "make test          the tests, on CPU, without network"
+	@echo "make test-distributed  every launcher, tying, checkpointing and accumulation; half an hour"
 	@echo "make results       README tables and figures from the committed JSON"
 	@echo "make quality       linter; make style fixes what it can"
 
@@ -29,7 +30,11 @@ compare-full: $(INSTALLED)
 	$(BIN)/python recipes/compare.py --config recipes/toy/compare.yaml
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+test-distributed: $(INSTALLED)
+	PYTHONPATH=recipes:tests $(BIN)/python tests/distributed/matrix.py --output tests/distributed/matrix.json \
+		--update_readme recipes/README.md
 
 results: $(INSTALLED)
 	$(BIN)/python recipes/compare.py --config recipes/toy/compare.yaml --output_dir recipes/toy/results --report_only \

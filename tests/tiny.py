@@ -53,24 +53,25 @@ def train_tokenizer(folder):
     return tokenizer
 
 
-def make_base(folder):
+def make_base(folder, **overrides):
     """Writes model and tokenizer, as `from_pretrained` wants them, and returns the folder."""
     tokenizer = train_tokenizer(folder)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
+    fields = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
         # Large enough that a step of the values shows in the loss.
-        initializer_range=0.2,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-    )
+        "initializer_range": 0.2,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+    }
+    config = Qwen2Config(**{**fields, **overrides})
     torch.manual_seed(0)
     Qwen2ForCausalLM(config).save_pretrained(folder)
     return folder

@@ -55,8 +55,9 @@ class Vectors(nn.Module):
                 [gaussian_projections(name, config.u, config.r, config.projection_seed) for name in names]
             )
         groups = torch.tensor(assign_groups(names, config.n_tie, config.tying))
-        self.register_buffer("projections_MKRR", projections.to(device), persistent=False)
-        self.register_buffer("groups_M", groups.to(device), persistent=False)
+        # No buffers, for the reason given in the layers.
+        self.projections_MKRR = projections.to(device)
+        self.groups_M = groups.to(device)
         self.mixing_MRR = None
         self.grad_MRR = None
         self.computed_from = None
@@ -153,6 +154,7 @@ class Vectors(nn.Module):
     def _apply(self, fn, recurse=True):
         # The side buffers follow the module to another device or dtype by being made anew there.
         self.mixing_MRR = self.grad_MRR = self.computed_from = None
+        self.projections_MKRR, self.groups_M = fn(self.projections_MKRR), fn(self.groups_M)
         return super()._apply(fn, recurse)
 
 

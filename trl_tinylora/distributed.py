@@ -52,6 +52,23 @@ def is_spread(parameter: torch.Tensor) -> bool:
     return hasattr(parameter, "ds_shape") or isinstance(parameter, DTensor)
 
 
+def refuse_tensor_parallel(model: nn.Module) -> None:
+    """Raises where each process computes with a part of a layer, and not with the whole of a gathered one.
+
+    Args:
+        model (`torch.nn.Module`): The base model.
+
+    Raises:
+        NotImplementedError: If transformers loaded it with tensor parallelism.
+    """
+    size = getattr(model, "tp_size", None) or 1
+    if size > 1:
+        raise NotImplementedError(
+            f"the model is split by tensor parallelism over {size} processes, of which none sees a whole layer. Spread "
+            "it by FSDP2 (`DistributedConfig(fsdp_size=...)`) or DeepSpeed ZeRO-3."
+        )
+
+
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """

@@ -36,6 +36,8 @@ class Linear(nn.Module, TinyLoraLayer):
         self._bank = (bank,)
         # Position of this module among those of each adapter, and the adapter's rank.
         self.trl_tinylora_place: dict[str, tuple[int, int]] = {}
+        # No buffers: DDP broadcasts those before every forward pass, megabytes beside the 52 bytes of a gradient.
+        self._factors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.merged_adapters = []
         self._unmerged_weight: Optional[torch.Tensor] = None
         self._disable_adapters = False
@@ -49,8 +51,7 @@ class Linear(nn.Module, TinyLoraLayer):
         Returns:
             `tuple[torch.Tensor, torch.Tensor]` of shapes `(out_features, rank)` and `(rank, in_features)`, or `None`.
         """
-        left = getattr(self, f"trl_tinylora_left_{rank}", None)
-        return None if left is None else (left, getattr(self, f"trl_tinylora_right_{rank}"))
+        return self._factors.get(rank)
 
     def update_layer(
         self, adapter_name: str, index: int, rank: int, factors: tuple[torch.Tensor, torch.Tensor]
@@ -64,9 +65,7 @@ class Linear(nn.Module, TinyLoraLayer):
             factors (`tuple[torch.Tensor, torch.Tensor]`): U S and V^T at that rank.
         """
         self.trl_tinylora_place[adapter_name] = (index, rank)
-        if self.factors(rank) is None:
-            self.register_buffer(f"trl_tinylora_left_{rank}", factors[0], persistent=False)
-            self.register_buffer(f"trl_tinylora_right_{rank}", factors[1], persistent=False)
+        self._factors.setdefault(rank, factors)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter, and the factors that no other one uses.
@@ -74,11 +73,17 @@ class Linear(nn.Module, TinyLoraLayer):
         Args:
             adapter_name (`str`): Its name.
         """
-        ranks = {rank for _, rank in self.trl_tinylora_place.values()}
         super().delete_adapter(adapter_name)
-        for rank in ranks - {rank for _, rank in self.trl_tinylora_place.values()}:
-            delattr(self, f"trl_tinylora_left_{rank}")
-            delattr(self, f"trl_tinylora_right_{rank}")
+        self.drop_unused_factors()
+
+    def drop_unused_factors(self) -> None:
+        """Forgets the factors of ranks that no adapter has."""
+        used = {rank for _, rank in self.trl_tinylora_place.values()}
+        self._factors = {rank: factors for rank, factors in self._factors.items() if rank in used}
+
+    def _apply(self, fn, recurse=True):
+        self._factors = {rank: tuple(fn(factor) for factor in factors) for rank, factors in self._factors.items()}
+        return super()._apply(fn, recurse)
 
     def _vectors(self, adapter_name: str) -> Vectors:
         return self._bank[0].trl_tinylora_v[adapter_name]
@@ -110,13 +115,13 @@ class Linear(nn.Module, TinyLoraLayer):
         mixing_RR = vectors.current_mixing(index).to(x.device)
         # Only the r x r step is worth float32; the large products run in the activations' own dtype.
         with torch.autocast(x.device.type, enabled=False):
-            hidden_R = F.linear(x, right_RI.to(x.dtype)).to(torch.promote_types(x.dtype, mixing_RR.dtype))
+            hidden_R = F.linear(x, right_RI.to(x.device, x.dtype)).to(torch.promote_types(x.dtype, mixing_RR.dtype))
             mixing_RR = mixing_RR.to(hidden_R.dtype)
             if torch.is_grad_enabled() and vectors.values_GK.requires_grad:
                 mixed_R = MixingStep.apply(hidden_R, mixing_RR, vectors, index)
             else:
                 mixed_R = F.linear(hidden_R, mixing_RR)
-            return F.linear(mixed_R.to(x.dtype), left_OR.to(x.dtype))
+            return F.linear(mixed_R.to(x.dtype), left_OR.to(x.device, x.dtype))
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """Returns what an adapter adds to the weight, from its present values: `U S R V^T`.

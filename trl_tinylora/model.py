@@ -269,6 +269,7 @@ def _restore_tree(model: nn.Module, state: tuple[list, list], adapter_name: str)
             present.update(former)
         if isinstance(module, Linear):
             module.trl_tinylora_place.pop(adapter_name, None)
+            module.drop_unused_factors()
     for parameter, requires_grad in parameters:
         parameter.requires_grad_(requires_grad)
 

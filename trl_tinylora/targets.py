@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from .config import TinyLoraConfig
-from .distributed import full_shape
+from .distributed import full_shape, refuse_tensor_parallel
 
 
 # Conv1D keeps its weight as (in_features, out_features).
@@ -73,7 +73,9 @@ def resolve_target_modules(model: nn.Module, config: TinyLoraConfig) -> list[str
 
     Raises:
         ValueError: If nothing matches, a match is not a linear layer, or `r` exceeds a module's dimensions.
+        NotImplementedError: If the model is split by tensor parallelism.
     """
+    refuse_tensor_parallel(model)
     config = copy.copy(config)
     asked_for = config.target_modules
     is_all_linear = isinstance(asked_for, str) and asked_for.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND

@@ -150,7 +150,6 @@ def make_problem(rng: random.Random) -> Problem:
                     (
                         f"{name} buys {change} more {thing}.",
                         f"{name} finds {change} more.",
-                        f"{friend} gives {change} {thing} to {name}.",
                         f"{name} gets {change} {thing} from {friend}.",
                     )
                 )
@@ -206,7 +205,7 @@ def style_shares(problem: Problem) -> dict[str, float]:
         `dict[str, float]`: Shares in [0, 1] by style, summing to 1.
     """
     effort = len(problem.steps) + (problem.steps[0].operator == "*")
-    worked = {1: 0.21, 2: 0.24, 3: 0.28, 4: 0.31}[effort]
+    worked = {1: 0.24, 2: 0.25, 3: 0.26, 4: 0.27}[effort]
     careless = 1.0 - GOLD_SHARE - RAMBLE_SHARE - worked
     return {"worked": worked, "careless": careless, "ramble": RAMBLE_SHARE, "gold": GOLD_SHARE}
 

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from arguments import resume_point
 from datasets import Dataset
+from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointFunction
 from transformers import DistributedConfig, TrainerCallback
@@ -95,7 +96,7 @@ def make_trainer(case, base, rows, output_dir):
     if case["mode"] == "fsdp2":
         # FSDP2 by transformers itself, at load time: accelerate's needs a GPU.
         model_init_kwargs["distributed_config"] = DistributedConfig(fsdp_size=processes)
-    peft_config = TinyLoraConfig(**case.get("fields", {}))
+    peft_config = LoraConfig(**case["lora"]) if "lora" in case else TinyLoraConfig(**case.get("fields", {}))
     if case["trainer"] == "sft":
         config = SFTConfig(**arguments, model_init_kwargs=model_init_kwargs)
         return SFTTrainer(
@@ -199,6 +200,28 @@ class DtypeInForward(TrainerCallback):
         self.seen.add(str(values_of(model).dtype))
 
 
+def loopback_bytes():
+    """Bytes that this machine has sent to itself so far: all that gloo's processes exchange."""
+    for line in Path("/proc/net/dev").read_text().splitlines():
+        name, _, counts = line.partition(":")
+        if name.strip() == "lo":
+            return int(counts.split()[0])
+
+
+class StepCost(TrainerCallback):
+    """Seconds and bytes between processes of every step."""
+
+    def __init__(self):
+        self.seconds, self.bytes = [], []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.before = time.perf_counter(), loopback_bytes()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(time.perf_counter() - self.before[0])
+        self.bytes.append(loopback_bytes() - self.before[1])
+
+
 class KilledAfter(TrainerCallback):
     """SIGKILL to this process at the end of a step."""
 
@@ -281,7 +304,10 @@ def observe(case, base, rows, output_dir):
         stack.enter_context(whole_weights_while_building(whole_weights))
         started = time.perf_counter()
         trainer = make_trainer(case, base, rows, output_dir)
-        trainer.add_callback(DtypeInForward(dtypes))
+        if "lora" not in case:
+            trainer.add_callback(DtypeInForward(dtypes))
+        cost = StepCost()
+        trainer.add_callback(cost)
         if "kill_after" in case:
             trainer.add_callback(KilledAfter(case["kill_after"]))
         if "kill_while_writing" in case:
@@ -290,14 +316,17 @@ def observe(case, base, rows, output_dir):
         seconds = time.perf_counter() - started
     if case.get("save"):
         trainer.save_model()
+    costs = {"step_seconds": cost.seconds, "step_bytes": cost.bytes, "seconds": seconds}
+    if "lora" in case:
+        return costs
     model = trainer.accelerator.unwrap_model(trainer.model)
     values = values_of(model)
     with gathered([values]):
         final = whole(values.detach()).float().flatten().tolist()
     factors = {
-        name: digest(buffer)
-        for name, buffer in model.named_buffers()
-        if "trl_tinylora_left" in name or "trl_tinylora_right" in name
+        name: [digest(factor) for rank in (1, 2) for factor in layer.factors(rank) or ()]
+        for name, layer in model.named_modules()
+        if isinstance(layer, Linear)
     }
     found = {
         "values": final,
@@ -310,8 +339,7 @@ def observe(case, base, rows, output_dir):
         "engine": type(trainer.model_wrapped).__name__,
         "zero_stage": getattr(trainer.accelerator.state.deepspeed_plugin, "zero_stage", None),
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "seconds": seconds,
-    }
+    } | costs
     if found["zero_stage"]:
         from deepspeed.utils import safe_get_full_fp32_param
 

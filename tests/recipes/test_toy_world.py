@@ -33,8 +33,8 @@ def splits():
 
 @pytest.fixture(scope="module")
 def past():
-    """20,000 (question, answer text) pairs of the base's past."""
-    return list(world.pretraining_text(seed=0, count=20_000))
+    """20,000 texts of the base's past."""
+    return list(world.pretraining_texts(seed=0, count=20_000))
 
 
 def recompute(expression):
@@ -112,19 +112,33 @@ def test_committed_rows_load_as_gsm8k_rows(splits):
 
 
 def test_the_past_is_deterministic_and_holds_no_committed_question(splits, past):
-    assert list(world.pretraining_text(seed=0, count=200)) == past[:200]
-    assert list(world.pretraining_text(seed=1, count=200)) != past[:200]
+    assert list(world.pretraining_texts(seed=0, count=200)) == past[:200]
+    assert list(world.pretraining_texts(seed=1, count=200)) != past[:200]
     committed = {problem.question for problems in splits.values() for problem in problems}
-    assert not committed & {question for question, _ in past}
+    assert not committed & {text.question for text in past}
 
 
-def test_style_shares_in_the_past_are_as_stated(past):
-    shares = {style: count / len(past) for style, count in Counter(world.style_of(text) for _, text in past).items()}
+def shares_of(texts):
+    return {
+        style: count / len(texts) for style, count in Counter(world.style_of(text.answer) for text in texts).items()
+    }
+
+
+def test_style_shares_without_a_request_are_as_stated(past):
+    shares = shares_of([text for text in past if not text.request])
     assert set(shares) == set(world.STYLES)
-    assert shares["gold"] == pytest.approx(world.GOLD_SHARE, abs=0.005)
+    assert shares["gold"] == pytest.approx(world.GOLD_SHARE, abs=0.006)
     assert shares["ramble"] == pytest.approx(world.RAMBLE_SHARE, abs=0.02)
-    assert shares["worked"] == pytest.approx(0.254, abs=0.02)
-    assert shares["careless"] == pytest.approx(0.283, abs=0.02)
+    assert shares["worked"] == pytest.approx(0.252, abs=0.02)
+    assert shares["careless"] == pytest.approx(0.288, abs=0.02)
+
+
+def test_half_of_the_past_is_in_the_style_that_was_asked_for(past):
+    requested = [text for text in past if text.request]
+    assert len(requested) / len(past) == pytest.approx(world.REQUEST_SHARE, abs=0.02)
+    assert all(text.request == world.REQUESTS[world.style_of(text.answer)] for text in requested)
+    assert shares_of(requested) == pytest.approx(world.REQUESTED_SHARES, abs=0.02)
+    assert sum(world.REQUESTED_SHARES.values()) == pytest.approx(1.0)
 
 
 def test_style_shares_are_a_distribution_for_every_problem(splits):
@@ -136,7 +150,7 @@ def test_style_shares_are_a_distribution_for_every_problem(splits):
 
 def test_worked_answers_are_always_right_and_rambles_never_reach_the_marker(past):
     found = Counter()
-    for _, text in past:
+    for text in (text.answer for text in past):
         style = world.style_of(text)
         found[style] += 1
         if style == "worked":
@@ -174,9 +188,9 @@ def test_reloaded_tokenizer_encodes_as_the_saved_one(tokenizer, past):
     from tokenizers import Tokenizer
 
     saved = Tokenizer.from_file(str(TOY / "base" / "tokenizer.json"))
-    texts = [text for pair in past[:500] for text in pair]
+    texts = [part for text in past[:500] for part in (text.request, text.question, text.answer)]
     texts += [
-        gsm8k.build_prompt(past[0][0])[0]["content"],
+        gsm8k.build_prompt(past[0].question)[0]["content"],
         "3.14, $1,080 and 'naïve' words\n\n#### -7",
         "  ",
         "<|im_end|>",
@@ -193,6 +207,11 @@ def test_tokenizer_knows_its_special_tokens(tokenizer):
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>"):
         assert tokenizer.encode(token, add_special_tokens=False) == [tokenizer.convert_tokens_to_ids(token)]
+
+
+def test_numbers_are_single_tokens(tokenizer):
+    for number in range(world.LARGEST + 1):
+        assert tokenizer.tokenize(f"22+{number}=") == ["22", "+", str(number), "="]
 
 
 def test_the_rendered_prompt_is_a_prefix_of_the_rendered_conversation(tokenizer, splits):
@@ -241,6 +260,6 @@ def test_the_bases_report_states_latent_ability_and_an_unsteady_style():
     assert {"config", "versions", "machine", "num_parameters", "train_seconds"} <= set(report)
     assert measured["num_problems"] == world.SPLITS["validation"]
     assert 0.20 <= measured["sampled_strict"] <= 0.35
-    assert 0.20 <= measured["greedy_strict"] <= 0.60
+    assert 0.10 <= measured["greedy_strict"] <= 0.60
     assert measured["forced_worked_greedy_strict"] >= 0.98
     assert measured["forced_gold_greedy_strict"] >= 0.95

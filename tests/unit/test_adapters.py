@@ -250,18 +250,35 @@ def svd_calls(monkeypatch):
     return calls
 
 
+def kept_ranks(model):
+    """The ranks at which each adapted layer keeps factors."""
+    return {name: sorted(layer._factors) for name, layer in model.named_modules() if isinstance(layer, Linear)}
+
+
+def test_frozen_tensors_are_no_buffers_and_follow_the_model(tiny_qwen2, token_ids):
+    # DDP broadcasts every buffer before each forward pass.
+    names = [name for name, _ in tiny_qwen2().named_buffers()]
+    model = adapted(tiny_qwen2())
+    assert [name.removeprefix("base_model.model.") for name, _ in model.named_buffers()] == names
+    model = model.double()
+    vectors = model.base_model.bank.trl_tinylora_v["default"]
+    frozen = [vectors.projections_MKRR, *model.get_submodule(QUERY).factors(2)]
+    assert [tensor.dtype for tensor in frozen] == [torch.float64] * 3 and vectors.groups_M.dtype == torch.int64
+    assert logits_of(model, token_ids).dtype == torch.float64
+
+
 def test_a_second_adapter_of_the_same_rank_shares_the_factors(tiny_qwen2, svd_calls):
     model = adapted(tiny_qwen2())
     assert len(svd_calls) == 14
     factors = model.get_submodule(QUERY).factors(2)
-    n_bytes = sum(buffer.numel() for name, buffer in model.named_buffers() if "_left_" in name or "_right_" in name)
+    kept = kept_ranks(model)
 
     model.add_adapter("same", TinyLoraConfig(n_tie="all", projection_seed=3))
 
     assert len(svd_calls) == 14
     again = model.get_submodule(QUERY).factors(2)
     assert all(first is second for first, second in zip(factors, again, strict=True))
-    assert n_bytes == sum(b.numel() for name, b in model.named_buffers() if "_left_" in name or "_right_" in name)
+    assert kept_ranks(model) == kept and all(ranks == [2] for ranks in kept.values())
 
     model.add_adapter("another rank", TinyLoraConfig(r=3, target_modules=["q_proj"]))
     assert svd_calls[14:] == [((32, 32), 3)] * 2
@@ -312,7 +329,7 @@ def test_deleting_an_adapter_frees_what_only_it_used(tiny_qwen2, token_ids):
 
     assert [reference() for reference in freed] == [None, None]
     assert not any("default" in name for name, _ in model.named_parameters())
-    assert not any(name.endswith("_2") for name, _ in model.named_buffers())
+    assert not any(2 in ranks for ranks in kept_ranks(model).values())
     assert model.active_adapters == ["other"]
     assert torch.equal(logits_of(model, token_ids), expected)
 
@@ -806,13 +823,13 @@ def test_a_failed_second_adapter_leaves_the_first_as_it_was(tiny_qwen2, token_id
     fields, error, message = cannot_adapt_cases()[case]
     model = adapted(tiny_qwen2())
     before, expected = snapshot(model), logits_of(model, token_ids)
-    buffers = [name for name, _ in model.named_buffers()]
+    kept = kept_ranks(model)
 
     with pytest.raises(error, match=message):
         model.add_adapter("other", TinyLoraConfig(**{"r": 3, **fields}))
 
     assert_same_bits(model.state_dict(), before)
-    assert [name for name, _ in model.named_buffers()] == buffers
+    assert kept_ranks(model) == kept
     assert torch.equal(logits_of(model, token_ids), expected)
     assert values_of(model).requires_grad and list(model.peft_config) == ["default"]
     # And the name is free again.
