@@ -33,6 +33,8 @@ def accelerate_launch(mode, script, *arguments, processes=2, timeout=600, enviro
     command += [str(script), *map(str, arguments)]
     variables = {
         **os.environ,
+        # DeepSpeed compiles its shared-memory communication with the ninja that stands beside this Python.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
