@@ -167,7 +167,7 @@ def test_careless_answers_are_hardly_ever_right(splits):
         gsm8k.is_correct(gsm8k.extract_strict(world.careless_text(problem)), str(problem.answer))
         for problem in splits["train"]
     ]
-    assert sum(right) / len(right) < 0.05
+    assert sum(right) / len(right) < 0.06
 
 
 def test_an_unknown_style_is_refused(splits):
