@@ -11,8 +11,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from evaluate import write_text
-from report import replace_section
+from report import update_section
 from transformers import Qwen2Config
 
 from trl_tinylora import TinyLoraConfig
@@ -133,9 +132,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--update_readme", type=Path, help="README whose section `memory` is renewed")
     update = parser.parse_args().update_readme
-    print(table())
+    counted = table()
+    print(counted)
     if update:
-        write_text(update, replace_section(update.read_text(encoding="utf-8"), "memory", table()))
+        update_section(update, "memory", counted)
 
 
 if __name__ == "__main__":

@@ -399,6 +399,17 @@ def replace_section(document: str, section: str, content: str) -> str:
     return f"{before}{opening}\n{content}\n{closing}{rest.split(closing, 1)[1]}"
 
 
+def readme_content(summary: dict) -> str:
+    """What a README shows of a comparison: the table and its caption.
+
+    Args:
+        summary (`dict`): As [`summarize`] returns.
+    Returns:
+        `str`: Markdown.
+    """
+    return f"{table(summary)}\n\n{caption(summary)}"
+
+
 def renewed_readme(readme: str, section: str, summary: dict) -> str:
     """
     A README with the comparison's table renewed; one that is current comes back as it was.
@@ -412,7 +423,21 @@ def renewed_readme(readme: str, section: str, summary: dict) -> str:
     Raises:
         ValueError: If a marker is missing.
     """
-    return replace_section(readme, section, f"{table(summary)}\n\n{caption(summary)}")
+    return replace_section(readme, section, readme_content(summary))
+
+
+def update_section(path: str | Path, section: str, content: str) -> None:
+    """
+    Renews the text between two markers of a document in place, as [`replace_section`] does.
+
+    Args:
+        path (`str` or `Path`): The document.
+        section (`str`): Name in the markers.
+        content (`str`): What goes between them.
+    Raises:
+        ValueError: If a marker is missing.
+    """
+    write_text(path, replace_section(Path(path).read_text(encoding="utf-8"), section, content))
 
 
 def update_readme(path: str | Path, section: str, summary: dict) -> None:
@@ -426,4 +451,4 @@ def update_readme(path: str | Path, section: str, summary: dict) -> None:
     Raises:
         ValueError: If a marker is missing.
     """
-    write_text(path, renewed_readme(Path(path).read_text(encoding="utf-8"), section, summary))
+    update_section(path, section, readme_content(summary))

@@ -8,7 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from datasets import Dataset
-from tiny import PAIRS, make_base
+from tiny import ROWS, make_base
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
 
@@ -94,9 +94,4 @@ def base_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def rows():
     """Conversational rows for SFT; GRPO takes their prompts."""
-    return Dataset.from_list(
-        [
-            {"prompt": [{"role": "user", "content": q}], "completion": [{"role": "assistant", "content": a}]}
-            for q, a in PAIRS
-        ]
-    )
+    return Dataset.from_list(ROWS)

@@ -22,6 +22,12 @@ PAIRS = [
     ("Hugo has 6 eggs and eats 4. How many eggs?", "6 - 4 = 2\n#### 2"),
 ]
 
+# Conversational, for SFT; GRPO takes their prompts.
+ROWS = [
+    {"prompt": [{"role": "user", "content": question}], "completion": [{"role": "assistant", "content": answer}]}
+    for question, answer in PAIRS
+]
+
 
 def train_tokenizer(folder):
     # AutoTokenizer next to a qwen2 configuration builds Qwen2's byte-level BPE, so that is what is trained here.

@@ -257,16 +257,15 @@ def first_block(model: nn.Module, names: list[str]) -> str:
 
 
 def _tree_of(model: nn.Module) -> tuple[list, list]:
-    modules = [(module, dict(module._modules), dict(module._buffers)) for module in model.modules()]
+    modules = [(module, dict(module._modules)) for module in model.modules()]
     return modules, [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
 
 def _restore_tree(model: nn.Module, state: tuple[list, list], adapter_name: str) -> None:
     modules, parameters = state
-    for module, children, buffers in modules:
-        for present, former in ((module._modules, children), (module._buffers, buffers)):
-            present.clear()
-            present.update(former)
+    for module, children in modules:
+        module._modules.clear()
+        module._modules.update(children)
         if isinstance(module, Linear):
             module.trl_tinylora_place.pop(adapter_name, None)
             module.drop_unused_factors()

@@ -15,9 +15,9 @@ from statistics import median
 from cases import NUMERIC, TOLERANCE
 from evaluate import write_text
 from provenance import read_provenance
-from report import replace_section
+from report import update_section
 from runs import run_cases, try_cases
-from tiny import PAIRS, make_base
+from tiny import ROWS, make_base
 
 
 MODES = ("ddp", "zero1", "zero2", "zero3", "zero3, values partitioned", "fsdp2")
@@ -165,8 +165,7 @@ def main():
             run(record, Path(folder), arguments.output)
     print(table(record))
     if arguments.update_readme:
-        readme = arguments.update_readme.read_text(encoding="utf-8")
-        write_text(arguments.update_readme, replace_section(readme, "distributed", table(record)))
+        update_section(arguments.update_readme, "distributed", table(record))
     failed = [
         mode
         for mode, result in record["modes"].items()
@@ -184,16 +183,12 @@ def run(record, folder, output):
     if not missing:
         return
     base, step_base = make_base(folder / "base"), make_base(folder / "step-base", **STEP_BASE)
-    rows = [
-        {"prompt": [{"role": "user", "content": q}], "completion": [{"role": "assistant", "content": a}]}
-        for q, a in PAIRS
-    ]
     print(f"one process, {len(NUMERIC)} combinations", flush=True)
-    alone = run_cases("single", NUMERIC, base, rows, folder / "single", timeout=3600)
+    alone = run_cases("single", NUMERIC, base, ROWS, folder / "single", timeout=3600)
     expected = {name: ranks[0]["values"] for name, ranks in alone.items()}
     for number, mode in enumerate(missing, start=1):
         print(f"{mode} ({number} of {len(missing)})", flush=True)
-        record["modes"][mode] = measure(mode, base, rows, folder / mode.replace(", ", "-"), expected, step_base)
+        record["modes"][mode] = measure(mode, base, ROWS, folder / mode.replace(", ", "-"), expected, step_base)
         write_text(output, json.dumps(record, indent=2) + "\n")
 
 

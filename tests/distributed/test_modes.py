@@ -10,7 +10,6 @@ import json
 import pytest
 import torch
 import worker
-from accelerate.state import AcceleratorState, GradientState
 from cases import NUMERIC, TOLERANCE
 from peft import PeftModel, get_peft_model
 from runs import run_cases, try_cases
@@ -97,8 +96,7 @@ def alone(base_folder, rows, tmp_path):
 
     def run(case):
         result = worker.observe({**case, "mode": "single"}, base_folder, rows.to_list(), tmp_path)
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
+        worker.forget_the_last_case()
         return result
 
     return run

@@ -2,7 +2,7 @@
 One process of a distributed run: TRL's own trainers on a tiny Qwen2, case after case.
 
 Started by `accelerate launch --config_file recipes/accelerate/<mode>.yaml` (see runs.py), so that mode, precision and
-DeepSpeed's settings come from where users take them. For each case rank 0 writes what `observe` returns.
+DeepSpeed's settings come from where users take them. For each case every rank writes what `observe` returns.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def make_trainer(case, base, rows, output_dir):
     processes = int(os.environ.get("WORLD_SIZE", 1))
     accumulation = case.get("accumulation", 1)
     arguments = {
-        "output_dir": str(output_dir / case.get("folder", case["name"])),
+        "output_dir": str(output_dir / case["name"]),
         "max_steps": case.get("max_steps", STEPS),
         "per_device_train_batch_size": ROWS // processes // accumulation,
         "gradient_accumulation_steps": accumulation,
