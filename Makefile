@@ -14,7 +14,7 @@ help:
 	@echo "make compare       RL against SFT on the toy, quick preset"
 	@echo "make compare-full  the same with learning-rate sweep and 3 seeds"
 	@echo "make test          the tests, on CPU, without network"
-	@echo "make test-distributed  every launcher, tying, checkpointing and accumulation; half an hour"
+	@echo "make test-distributed  every launcher, tying, checkpointing and accumulation; under an hour"
 	@echo "make results       README tables and figures from the committed JSON"
 	@echo "make quality       linter; make style fixes what it can"
 

@@ -4,6 +4,7 @@ They stand beside TRL's own `GRPOConfig`, `SFTConfig` and `ModelConfig`; nothing
 """
 
 import json
+import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -130,6 +131,23 @@ def build_peft_config(adapter_args: AdapterArguments, model_args: trl.ModelConfi
     return TinyLoraConfig.for_budget(
         model_config, adapter_args.n_values, task_type="CAUSAL_LM", **adapter_args.tinylora_fields()
     )
+
+
+def refuse_miscounted_processes(training_args: TrainingArguments) -> None:
+    """
+    Raises where the processes of a launch do not see each other: each would train on all rows, alone.
+
+    Args:
+        training_args ([`~transformers.TrainingArguments`]): Read for `world_size`.
+    Raises:
+        RuntimeError: If the launcher started another number of processes than the trainer counts.
+    """
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != training_args.world_size:
+        raise RuntimeError(
+            f"the launcher started {started} processes, but the trainer counts {training_args.world_size}. Without a "
+            "GPU, DeepSpeed needs `use_cpu: true` in the YAML (or --use_cpu true)."
+        )
 
 
 def resume_point(training_args: TrainingArguments) -> str | None:

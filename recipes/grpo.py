@@ -7,7 +7,7 @@ Differs from `sft.py` in the trainer, its config, the reward and the columns of 
 """
 
 import trl
-from arguments import AdapterArguments, RecipeArguments, build_peft_config, resume_point
+from arguments import AdapterArguments, RecipeArguments, build_peft_config, refuse_miscounted_processes, resume_point
 
 from trl_tinylora.tasks import gsm8k
 
@@ -34,7 +34,9 @@ def main(
     Raises:
         ValueError: If arguments contradict each other.
         FileExistsError: If the output folder already holds a run.
+        RuntimeError: If the processes of a launch do not see each other.
     """
+    refuse_miscounted_processes(training_args)
     resume_from_checkpoint = resume_point(training_args)
     peft_config = build_peft_config(adapter_args, model_args)
     training_args.model_init_kwargs = {
@@ -62,6 +64,8 @@ def main(
     )
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
+    # The first process writes; the others wait, so that none is gone before it has.
+    trainer.accelerator.wait_for_everyone()
     trainer.accelerator.print(f"Saved to {training_args.output_dir}")
     return trainer
 

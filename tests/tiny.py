@@ -1,5 +1,7 @@
 """A tiny Qwen2 of random weights from a fixed seed, with its own tokenizer, as a folder. CPU, no network."""
 
+import json
+
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
@@ -27,6 +29,13 @@ ROWS = [
     {"prompt": [{"role": "user", "content": question}], "completion": [{"role": "assistant", "content": answer}]}
     for question, answer in PAIRS
 ]
+
+
+def write_split(folder, split):
+    """Writes the rows as a split with GSM8K's columns."""
+    folder.mkdir()
+    lines = [json.dumps({"question": question, "answer": answer}) for question, answer in PAIRS]
+    (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def train_tokenizer(folder):

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from .config import TinyLoraConfig
 from .decomposition import basis_projections, gaussian_projections, mix, unmix
-from .distributed import gathered, is_spread, whole
+from .distributed import gathered, is_fsdp, is_spread, whole
 from .tying import assign_groups, count_groups
 
 
@@ -61,6 +61,7 @@ class Vectors(nn.Module):
         self.mixing_MRR = None
         self.grad_MRR = None
         self.computed_from = None
+        self.is_trained = False
 
     @property
     def values_GK(self) -> torch.Tensor:
@@ -212,6 +213,30 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
         """
         self.trl_tinylora_v[adapter_name] = vectors
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Makes adapters the active ones, trained unless `inference_mode`.
+
+        Args:
+            adapter_names (`str` or `list[str]`): Their names.
+            inference_mode (`bool`, *optional*, defaults to `False`): Whether they are frozen.
+        """
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._note_what_is_trained()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Sets whether adapters are trained.
+
+        Args:
+            adapter_names (`str` or `Sequence[str]`): Their names.
+            requires_grad (`bool`, *optional*, defaults to `True`): Whether they are.
+        """
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._note_what_is_trained()
+
+    def _note_what_is_trained(self) -> None:
+        for vectors in self.trl_tinylora_v.values():
+            vectors.is_trained = vectors.values_GK.requires_grad
+
     def before_first_block(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Forward pre-hook of a first adapted block: R of the active adapters that begin there, and their sinks.
 
@@ -238,7 +263,11 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
             )
         for name in self.active_adapters:
             if name in self.trl_tinylora_v and self.trl_tinylora_v[name].first_block == module._trl_tinylora_block:
-                args, kwargs = _replace_hidden(module, args, kwargs, self.trl_tinylora_v[name])
+                vectors = self.trl_tinylora_v[name]
+                if is_fsdp(module):
+                    # FSDP2 keeps a gathered and a sharded tensor for the values, of which PEFT told one.
+                    vectors.values_GK.requires_grad_(vectors.is_trained)
+                args, kwargs = _replace_hidden(module, args, kwargs, vectors)
         return args, kwargs
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:

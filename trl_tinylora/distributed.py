@@ -7,6 +7,7 @@ theirs. Gathering is a collective operation: all processes have to get there.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -50,6 +51,19 @@ def is_spread(parameter: torch.Tensor) -> bool:
         `bool`
     """
     return hasattr(parameter, "ds_shape") or isinstance(parameter, DTensor)
+
+
+def is_fsdp(module: nn.Module) -> bool:
+    """Returns whether FSDP2 gathers and releases this module's parameters.
+
+    Args:
+        module (`torch.nn.Module`): Any module.
+
+    Returns:
+        `bool`
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def refuse_tensor_parallel(model: nn.Module) -> None:

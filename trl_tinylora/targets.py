@@ -9,7 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from .config import TinyLoraConfig
@@ -32,6 +32,9 @@ def skeleton(model_or_config: Union[nn.Module, PretrainedConfig]) -> nn.Module:
     if not isinstance(model_or_config, PretrainedConfig):
         return model_or_config
     with torch.device("meta"):
+        if type(model_or_config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            # `from_config` would build it under zero.Init where a trainer's arguments have turned ZeRO-3 on.
+            return MODEL_FOR_CAUSAL_LM_MAPPING[type(model_or_config)](model_or_config)
         return AutoModelForCausalLM.from_config(model_or_config)
 
 

@@ -8,11 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+import yaml
+from safetensors.torch import load_file
+
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-# FSDP2 by transformers shards at load time and needs a launcher only; accelerate's own (fsdp2.yaml) needs a GPU.
-LAUNCHERS = {mode: f"{mode}.yaml" for mode in ("single", "ddp", "zero1", "zero2", "zero3")} | {"fsdp2": "ddp.yaml"}
+LAUNCHERS = {mode: f"{mode}.yaml" for mode in ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")}
+# transformers' own FSDP2 shards when the model is loaded, and needs a launcher only.
+LAUNCHERS["fsdp2 at load"] = "ddp.yaml"
 
 
 def free_port():
@@ -53,6 +58,45 @@ def accelerate_launch(mode, script, *arguments, processes=2, timeout=600, enviro
         output, _ = process.communicate()
         raise AssertionError(f"{mode}: no end after {timeout} s\n{output[-4000:]}") from None
     return subprocess.CompletedProcess(command, process.returncode, output)
+
+
+def launch_recipe(mode, script, base, data, output_dir, **overrides):
+    """
+    Starts recipes/sft.py or recipes/grpo.py under a mode's launcher, as the README says; returns what it trained.
+
+    The output folder must hold an adapter afterwards, and the launch have ended well.
+    """
+    processes = 1 if mode == "single" else 2
+    keys = {
+        "model_name_or_path": str(base),
+        "dtype": "float32",
+        "n_values": 4,
+        "dataset_name": str(data),
+        "dataset_train_split": "train",
+        "shuffle_dataset": False,
+        "train_sampling_strategy": "sequential",
+        "max_steps": 3,
+        "per_device_train_batch_size": 4 // processes,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 0.01,
+        "output_dir": str(output_dir),
+        "save_strategy": "no",
+        "bf16": False,
+        "report_to": "none",
+        "use_cpu": not torch.cuda.is_available(),
+        **overrides,
+    }
+    if script == "grpo.py":
+        keys |= {"num_generations": 4, "max_completion_length": 8, "beta": 0.1}
+    if mode == "fsdp2 at load":
+        keys["model_init_kwargs"] = {"distributed_config": {"fsdp_size": processes}}
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    config = output_dir.with_suffix(".yaml")
+    config.write_text(yaml.safe_dump(keys))
+    completed = accelerate_launch(mode, ROOT / "recipes" / script, "--config", config, processes=processes, timeout=600)
+    assert completed.returncode == 0, completed.stdout[-6000:]
+    (values,) = load_file(output_dir / "adapter_model.safetensors").values()
+    return values
 
 
 def run_cases(mode, cases, base, rows, folder, timeout=600):

@@ -1,8 +1,8 @@
 """
 TRL's trainers under DDP, DeepSpeed ZeRO-1/2/3 and FSDP2, two processes, against one process. CPU and gloo, minutes.
 
-Each mode is launched as users launch it, with its file in recipes/accelerate; FSDP2 is transformers' own sharding at
-load time, because accelerate's needs a GPU.
+Each mode is launched as users launch it, with its file in recipes/accelerate; "fsdp2 at load" is transformers' own
+sharding by `model_init_kwargs`.
 """
 
 import json
@@ -59,9 +59,12 @@ HALF = {
     "bf16": True,
     "arguments": {"learning_rate": 1e-3},
 }
+FP16 = {**HALF, "name": "fp16", "dtype": "float32", "bf16": False, "arguments": {"learning_rate": 1e-3, "fp16": True}}
+# TRL keeps a copy of an adapter that it is given as the reference, and switches between the two.
+GIVEN = {**CASES[3], "name": "given", "fields": {"n_tie": 4}, "max_steps": 4, "given": True}
 LOST = {**CASES[0], "name": "control-lost", "control": "lost gradient"}
 
-MODES = ["ddp", "zero2", "zero3", "fsdp2"]
+MODES = ["ddp", "zero2", "zero3", "fsdp2", "fsdp2 at load"]
 
 
 @pytest.fixture(scope="module", params=[pytest.param(mode, marks=pytest.mark.xdist_group(mode)) for mode in MODES])
@@ -78,13 +81,15 @@ def folder(mode, tmp_path_factory):
 def found(mode, folder, base_folder, rows):
     """What every case found on every rank, in one launch."""
     cases = [*CASES, SAVED]
-    if mode == "fsdp2":
+    if mode == "fsdp2 at load":
         # transformers 5.23 saves no optimiser state of models sharded at load time, and says so.
         cases[-1] = {**SAVED, "arguments": {**SAVING, "save_only_model": True}}
     else:
         resume = {"resume_from_checkpoint": str(folder / "saved" / "checkpoint-2")}
         cases += [{**RESUMED, "arguments": {**SAVING, **resume}}, BEST]
-    cases += [SYNCED, HALF]
+    cases += [SYNCED, HALF, GIVEN]
+    if mode.startswith("zero"):
+        cases.append(FP16)
     if mode == "ddp":
         cases.append(LOST)
     return run_cases(mode, cases, base_folder, rows.to_list(), folder)
@@ -110,7 +115,7 @@ def adapter_of(base_folder, checkpoint):
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder, dtype="float32"), checkpoint)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+@pytest.mark.parametrize("case", [*CASES, GIVEN], ids=lambda case: case["name"])
 def test_two_processes_train_the_values_of_one(found, mode, alone, case):
     expected, ranks = alone(case), found[case["name"]]
     assert len(ranks) == 2
@@ -124,13 +129,17 @@ def test_two_processes_train_the_values_of_one(found, mode, alone, case):
 
 
 def test_the_mode_is_the_one_that_was_asked_for(found, mode):
-    engine = {"ddp": "DistributedDataParallel", "fsdp2": "PeftModel"}.get(mode, "DeepSpeedEngine")
+    engine = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPPeftModel", "fsdp2 at load": "PeftModel"}.get(
+        mode, "DeepSpeedEngine"
+    )
     stage = {"zero2": 2, "zero3": 3}.get(mode)
     for case, ranks in found.items():
         for rank in ranks:
             assert (rank["engine"], rank["zero_stage"]) == (engine, stage), case
-            # 26 base weights; DeepSpeed spreads the values as well.
-            assert rank["spread_parameters"] == {"fsdp2": 26, "zero3": 27}.get(mode, 0), case
+            # 26 base weights; DeepSpeed and accelerate spread the values of every adapter as well.
+            adapters = (1 if case != "given" else 2) if mode in ("zero3", "fsdp2") else 0
+            base_weights = 26 if mode in ("zero3", "fsdp2", "fsdp2 at load") else 0
+            assert rank["spread_parameters"] == base_weights + adapters, case
 
 
 def test_reentrant_cases_run_reentrant_backward_passes(found, mode):
@@ -162,7 +171,7 @@ NO_RESUMING = "transformers 5.23 keeps no optimiser state of a model sharded at 
 
 
 def test_a_resumed_run_ends_with_the_values_of_the_uninterrupted_one(found, mode):
-    if mode == "fsdp2":
+    if mode == "fsdp2 at load":
         pytest.skip(NO_RESUMING)
     assert difference(found["resumed"][0], found["saved"][0]) == 0
     # It began where the other one was.
@@ -170,7 +179,7 @@ def test_a_resumed_run_ends_with_the_values_of_the_uninterrupted_one(found, mode
 
 
 def test_the_best_model_is_loaded_at_the_end(found, mode, folder):
-    if mode == "fsdp2":
+    if mode == "fsdp2 at load":
         pytest.skip(NO_RESUMING)
     (first,) = load_file(folder / "best" / "checkpoint-2" / "adapter_model.safetensors").values()
     (last,) = load_file(folder / "best" / "checkpoint-4" / "adapter_model.safetensors").values()
@@ -193,13 +202,20 @@ def test_vllm_gets_the_merged_model_and_the_base_is_left_as_it_was(found, base_f
         assert rank["base_kept"]
 
 
-def test_values_under_bfloat16_are_float32_or_have_a_float32_master(found, mode):
-    rank = found["bf16"][0]
+@pytest.mark.parametrize("name, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_values_in_half_precision_are_float32_or_have_a_float32_master(found, mode, name, dtype):
+    if name == "fp16" and not mode.startswith("zero"):
+        pytest.skip("fp16 on a CPU is DeepSpeed's alone: accelerate's needs a GPU")
+    rank = found[name][0]
     # DeepSpeed casts every parameter of a model that is not partitioned from the start.
-    assert rank["dtypes_in_forward"] == ["torch.bfloat16" if mode == "zero2" else "torch.float32"]
+    rounded = mode == "zero2"
+    assert rank["dtypes_in_forward"] == [str(dtype if rounded else torch.float32)]
     exact = torch.tensor(rank.get("master", rank["values"]))
-    assert not torch.equal(exact, exact.bfloat16().float())
-    torch.testing.assert_close(torch.tensor(rank["values"]), exact, rtol=2**-8 if mode == "zero2" else 0, atol=0)
+    assert not torch.equal(exact, exact.to(dtype).float())
+    expected = exact.to(dtype).float() if rounded else exact
+    torch.testing.assert_close(torch.tensor(rank["values"]), expected, rtol=0, atol=0)
+    # Steps of 1e-3 from zero, none of them lost to rounding.
+    torch.testing.assert_close(exact.abs(), torch.full_like(exact, 6e-3), rtol=0.01, atol=0)
 
 
 @pytest.mark.parametrize("mode", [pytest.param("ddp", marks=pytest.mark.xdist_group("ddp"))], indirect=True)
@@ -228,7 +244,7 @@ def test_plain_autograd_is_right_in_one_process(alone):
     assert difference(alone({**CASES[1], "control": "plain autograd"}), alone(CASES[1])) <= TOLERANCE
 
 
-@pytest.mark.xdist_group("fsdp2")
+@pytest.mark.xdist_group("fsdp2 at load")
 def test_a_process_that_fails_takes_the_other_down_within_a_minute(base_folder, rows, tmp_path):
     case = {**CASES[0], "control": "one rank fails"}
     found, completed = try_cases("ddp", [case], base_folder, rows.to_list(), tmp_path, timeout=90)

@@ -23,12 +23,14 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType
 from arguments import resume_point
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointFunction
-from transformers import DistributedConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from trl.distributed import DistributedBackend
 from trl.generation.vllm_generation import VLLMGeneration
@@ -42,6 +44,8 @@ from trl_tinylora.layer import Linear
 
 
 STEPS = 20
+# Of a module's name, under a PeftModel.
+PREFIX = "base_model.model."
 # Rows of a step, over all processes and accumulated micro-batches; GRPO: two groups of four completions.
 ROWS = 8
 GROUP = 4
@@ -93,9 +97,8 @@ def make_trainer(case, base, rows, output_dir):
         **case.get("arguments", {}),
     }
     model_init_kwargs = {"dtype": case.get("dtype", "float32")}
-    if case["mode"] == "fsdp2":
-        # FSDP2 by transformers itself, at load time: accelerate's needs a GPU.
-        model_init_kwargs["distributed_config"] = DistributedConfig(fsdp_size=processes)
+    if case["mode"] == "fsdp2 at load":
+        model_init_kwargs["distributed_config"] = {"fsdp_size": processes}
     peft_config = LoraConfig(**case["lora"]) if "lora" in case else TinyLoraConfig(**case.get("fields", {}))
     if case["trainer"] == "sft":
         config = SFTConfig(**arguments, model_init_kwargs=model_init_kwargs)
@@ -110,6 +113,12 @@ def make_trainer(case, base, rows, output_dir):
         **{"num_generations": GROUP, "shuffle_dataset": False, "beta": 0.1, **arguments},
         model_init_kwargs=model_init_kwargs,
     )
+    if case.get("given"):
+        # An adapter trained before: TRL keeps a copy of it as the reference.
+        base = get_peft_model(AutoModelForCausalLM.from_pretrained(base, **model_init_kwargs), peft_config)
+        with torch.no_grad():
+            values_of(base).fill_(0.05)
+        peft_config = config.model_init_kwargs = None
     return GRPOTrainer(
         base,
         reward,
@@ -162,6 +171,26 @@ def one_rank_fails():
         return collect(vectors)
 
     return mock.patch.object(Vectors, "collect", collect)
+
+
+def fsdp_without_a_gpu():
+    """On a CPU accelerate makes FSDP2 DDP. That choice alone is undone: how it shards, trains and saves is its own."""
+
+    def initialise(state, *args, initialise=AcceleratorState.__init__, fsdp_plugin=None, **kwargs):
+        initialise(state, *args, **kwargs)
+        if fsdp_plugin is not None:
+            state.fsdp_plugin = fsdp_plugin
+        if getattr(state, "fsdp_plugin", None) is not None:
+            state.distributed_type = DistributedType.FSDP
+
+    return mock.patch.object(AcceleratorState, "__init__", initialise)
+
+
+def fp16_on_any_cpu():
+    """DeepSpeed takes fp16 only from processors with such instructions; PyTorch computes it on every one."""
+    from deepspeed.accelerator import get_accelerator
+
+    return mock.patch.object(type(get_accelerator()), "is_fp16_supported", lambda accelerator: True)
 
 
 CONTROLS = {
@@ -251,6 +280,22 @@ def killed_while_writing(file_name, occurrence):
     return mock.patch.object(torch, "save", half)
 
 
+def build_seconds(model, base, turns):
+    """Seconds to find the factors of the model as this mode spreads it, and of the same model whole, in turns."""
+    names = [name for name, module in model.named_modules() if isinstance(module, Linear)]
+    # No rank that the layers hold already.
+    rank = 3
+    plain = Qwen2ForCausalLM(Qwen2Config.from_pretrained(base))
+    plain.load_state_dict(load_file(Path(base) / "model.safetensors"), strict=False)
+    found = {"spread": [], "whole": []}
+    for _ in range(turns):
+        for kind, given in (("whole", plain), ("spread", model.get_base_model())):
+            started = time.perf_counter()
+            trl_tinylora.model.compute_factors(given, [name.removeprefix(PREFIX) for name in names], rank)
+            found[kind].append(time.perf_counter() - started)
+    return found
+
+
 def values_of(model):
     return next(parameter for name, parameter in model.named_parameters() if ".default.lora_magnitude_vector" in name)
 
@@ -300,6 +345,10 @@ def observe(case, base, rows, output_dir):
     dtypes, whole_weights = set(), []
     with contextlib.ExitStack() as stack:
         stack.enter_context(CONTROLS[case.get("control")]())
+        if case["mode"] == "fsdp2":
+            stack.enter_context(fsdp_without_a_gpu())
+        if case.get("arguments", {}).get("fp16"):
+            stack.enter_context(fp16_on_any_cpu())
         stack.enter_context(mock.patch.object(CheckpointFunction, "backward", staticmethod(counted)))
         stack.enter_context(whole_weights_while_building(whole_weights))
         started = time.perf_counter()
@@ -344,6 +393,8 @@ def observe(case, base, rows, output_dir):
         from deepspeed.utils import safe_get_full_fp32_param
 
         found["master"] = safe_get_full_fp32_param(values).flatten().tolist()
+    if case.get("builds"):
+        found["build_seconds"] = build_seconds(model, base, case["builds"])
     if case.get("transfers"):
         found |= transfer_to_vllm(trainer, case["transfers"])
     return found

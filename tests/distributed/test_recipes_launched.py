@@ -1,0 +1,35 @@
+"""recipes/sft.py and recipes/grpo.py through `accelerate launch`, as recipes/README.md says. CPU and gloo, a minute."""
+
+import pytest
+import torch
+from cases import TOLERANCE
+from runs import launch_recipe
+from tiny import write_split
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipes") / "data"
+    write_split(folder, "train")
+    return folder
+
+
+def test_the_sft_recipe_under_zero3_trains_what_one_process_trains(base_folder, data, tmp_path):
+    alone = launch_recipe("single", "sft.py", base_folder, data, tmp_path / "single")
+    spread = launch_recipe("zero3", "sft.py", base_folder, data, tmp_path / "zero3")
+    assert alone.shape == (4, 1) and alone.abs().min() > 100 * TOLERANCE
+    torch.testing.assert_close(spread, alone, rtol=0, atol=TOLERANCE)
+
+
+# On a CPU accelerate runs fsdp2.yaml as DDP; that it starts says that the file is complete.
+@pytest.mark.parametrize("mode", ["zero3", "fsdp2", "fsdp2 at load"])
+def test_the_grpo_recipe_runs_under_its_launcher(base_folder, data, tmp_path, mode):
+    values = launch_recipe(mode, "grpo.py", base_folder, data, tmp_path / "run")
+    assert values.shape == (4, 1) and values.isfinite().all()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="accelerate miscounts without a GPU only")
+def test_processes_that_do_not_see_each_other_are_refused(base_folder, data, tmp_path):
+    with pytest.raises(AssertionError, match="started 2 processes, but the trainer counts 1.*use_cpu: true"):
+        launch_recipe("zero2", "sft.py", base_folder, data, tmp_path / "run", use_cpu=False)
+    assert not (tmp_path / "run").exists()
