@@ -44,6 +44,7 @@ class Vectors(nn.Module):
     def __init__(self, config: TinyLoraConfig, names: list[str], first_block: str, device: torch.device):
         super().__init__()
         self.first_block = first_block
+        self.names = names
         self.shape = shape = (count_groups(names, config.n_tie, config.tying), config.u)
         # TRL casts every trainable parameter of a quantised model to bfloat16, where small updates stall, unless its
         # name holds this token (trl v1.16.0, trl/trainer/grpo_trainer.py:536-541).
@@ -202,6 +203,8 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
     def __init__(self):
         super().__init__()
         self.trl_tinylora_v = nn.ModuleDict()
+        # By module and rank: what was measured when its factors were computed.
+        self.measured = {}
         self.merged_adapters = []
 
     def add(self, adapter_name: str, vectors: Vectors) -> None:

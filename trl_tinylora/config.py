@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import warnings
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Literal, Optional, Union
 
 from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from peft.utils import CONFIG_NAME
 
+from .checkpoint import VALUES, read_folder
 from .tying import TYINGS, nearest_budget
 
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 
 PROJECTIONS = ("gaussian", "basis")
+SAVE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 class TinyLoraPeftType(str, Enum):
@@ -80,6 +82,14 @@ class TinyLoraConfig(PeftConfig):
             Modules trained and saved in full beside the adapter.
         trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
             Token embeddings trained and saved beside the adapter.
+        save_dtype (`str`, *optional*, defaults to `"float32"`):
+            Dtype of the values in the file: `"float32"`, `"bfloat16"` or `"float16"` (13 values: 52, 26 or 26 bytes). They
+            are trained in float32 whatever it is.
+        base_fingerprint (`dict`, *optional*):
+            What proves the base, see `fingerprint.py`; written when an adapter is saved, and compared before it is
+            loaded. `None` loads it on any base.
+        checkpoint_digest (`str`, *optional*):
+            What tells a damaged file; written when an adapter is saved, compared when its folder is read.
         task_type, inference_mode, base_model_name_or_path, revision:
             As in every PEFT configuration.
 
@@ -134,10 +144,23 @@ class TinyLoraConfig(PeftConfig):
     trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = field(
         default=None, metadata={"help": "Token embeddings trained and saved beside the adapter."}
     )
+    save_dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "Dtype of the values in the file."}
+    )
+    base_fingerprint: Optional[dict] = field(
+        default=None, metadata={"help": "What proves the base; written when saved, None loads the adapter on any."}
+    )
+    checkpoint_digest: Optional[str] = field(
+        default=None, metadata={"help": "What tells a damaged file; written when saved."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = TinyLoraPeftType.TRL_TINYLORA
+        # Fields as the adapter that is being saved has them: a configuration may serve several models.
+        self._of_saved = {}
+        # Shape of the values in the folder that this configuration was read from.
+        self._stored_shape: Optional[tuple[int, ...]] = None
         _check_count("r", self.r)
         _check_count("u", self.u)
         if self.n_tie != "all":
@@ -148,6 +171,8 @@ class TinyLoraConfig(PeftConfig):
             raise ValueError(f"`tying` must be one of {TYINGS}, got {self.tying!r}.")
         if self.projection not in PROJECTIONS:
             raise ValueError(f"`projection` must be one of {PROJECTIONS}, got {self.projection!r}.")
+        if self.save_dtype not in SAVE_DTYPES:
+            raise ValueError(f"`save_dtype` must be one of {SAVE_DTYPES}, got {self.save_dtype!r}.")
         if isinstance(self.projection_seed, bool) or not isinstance(self.projection_seed, int):
             raise TypeError(f"`projection_seed` must be an integer, got {self.projection_seed!r}.")
         if not 0 <= self.projection_seed < 2**32:
@@ -251,7 +276,7 @@ class TinyLoraConfig(PeftConfig):
             [`TinyLoraConfig`]
 
         Raises:
-            ValueError: If the folder holds the adapter of another method, or a truncated or foreign weights file.
+            ValueError: If the folder holds the adapter of another method, or a damaged or foreign weights file.
         """
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
@@ -260,17 +285,33 @@ class TinyLoraConfig(PeftConfig):
                 f"{folder} holds an adapter of type {getattr(config.peft_type, 'value', config.peft_type)}, not "
                 f"{TinyLoraPeftType.TRL_TINYLORA.value}. Load it with `peft.PeftModel.from_pretrained`."
             )
-        weights = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
-        if os.path.isfile(weights):
-            try:
-                with safe_open(weights, framework="pt"):
-                    pass
-            except SafetensorError as error:
-                raise ValueError(
-                    f"{weights} is no complete safetensors file ({error}; {os.path.getsize(weights)} bytes). It was "
-                    "truncated or altered: copy it again, or take an earlier checkpoint."
-                ) from error
+        tensors = read_folder(folder, config.checkpoint_digest)
+        if tensors is not None:
+            config._stored_shape = tuple(tensors[VALUES].shape)
         return config
+
+    def to_dict(self) -> dict:
+        """Returns the fields, those of the base and the digest as of the adapter last saved with them.
+
+        Returns:
+            `dict`
+        """
+        return super().to_dict() | self._of_saved
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """Writes adapter_config.json, whole or not at all.
+
+        Args:
+            save_directory (`str`): The folder.
+            **kwargs: As PEFT's.
+        """
+        if os.path.isfile(save_directory):
+            # PEFT says what is wrong.
+            super().save_pretrained(save_directory, **kwargs)
+        os.makedirs(save_directory, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=save_directory) as beside:
+            super().save_pretrained(beside, **kwargs)
+            os.replace(os.path.join(beside, CONFIG_NAME), os.path.join(save_directory, CONFIG_NAME))
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs) -> dict:

@@ -18,6 +18,7 @@ Suffixes name the dimensions: O out, I in, R rank, K values of a group (the pape
 from __future__ import annotations
 
 import hashlib
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +31,25 @@ FULL_SVD_BELOW = 256
 RESIDUAL_TOLERANCE = 1e-5
 OVERSAMPLING = 8
 MAX_POWER_ITERATIONS = 40
+# Error of rounding to bfloat16 over the size of the entries, root mean squares: 2**-8 / sqrt(3) over a mean mantissa.
+BFLOAT16_ROUNDING = 1.6e-3
+
+
+class Factors(NamedTuple):
+    """
+    The frozen factors of a weight, and how far they are determined by it.
+
+    Args:
+        left_OR (`torch.Tensor`): U S, shape `(out_features, r)`.
+        right_RI (`torch.Tensor`): V^T, shape `(r, in_features)`.
+        uncertainty (`float`): About by how much a singular vector turns (in radians, at most 1) between two
+            computations of it, one of them from weights rounded to bfloat16: the error over the nearest gap of the
+            singular values. Where values coincide, their basis is arbitrary, and this is 1.
+    """
+
+    left_OR: torch.Tensor
+    right_RI: torch.Tensor
+    uncertainty: float
 
 
 def delta_weight(left_OR: torch.Tensor, mixing_RR: torch.Tensor, right_RI: torch.Tensor) -> torch.Tensor:
@@ -117,7 +137,7 @@ def basis_projections(u: int, r: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def truncated_svd(weight_OI: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def truncated_svd(weight_OI: torch.Tensor, rank: int) -> Factors:
     """
     Returns the frozen factors `U S` and `V^T` of a weight's truncated SVD (arXiv:2602.04118, section 4).
 
@@ -130,8 +150,7 @@ def truncated_svd(weight_OI: torch.Tensor, rank: int) -> tuple[torch.Tensor, tor
         rank (`int`): Number of singular triplets kept, `1 <= rank <= min(out_features, in_features)`.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: U S of shape `(out_features, rank)` and V^T of shape
-        `(rank, in_features)`, dtype float32 (float64 for a float64 weight), on the weight's device.
+        [`Factors`]: dtype float32 (float64 for a float64 weight), on the weight's device.
 
     Raises:
         ValueError: If the rank exceeds the weight's dimensions or the weight has non-finite entries.
@@ -147,16 +166,32 @@ def truncated_svd(weight_OI: torch.Tensor, rank: int) -> tuple[torch.Tensor, tor
             f"{bad} of {weight_OI.numel()} entries are not finite: the weights are damaged, load them again."
         )
     dtype = torch.promote_types(weight_OI.dtype, torch.float32)
-    left_OR, sigma_R, right_RI = (
+    left_OR, sigma, right_RI = (
         _full_svd(weight_OI, rank) if smallest <= FULL_SVD_BELOW else _randomised_svd(weight_OI.to(dtype), rank)
     )
+    sigma_R = sigma[:rank]
     sign_R = left_OR.gather(0, left_OR.abs().argmax(dim=0, keepdim=True)).sign().squeeze(0)
-    return (left_OR * (sign_R * sigma_R)).to(dtype).contiguous(), (right_RI * sign_R[:, None]).to(dtype).contiguous()
+    return Factors(
+        (left_OR * (sign_R * sigma_R)).to(dtype).contiguous(),
+        (right_RI * sign_R[:, None]).to(dtype).contiguous(),
+        _uncertainty(weight_OI, sigma, rank),
+    )
+
+
+def _uncertainty(weight_OI: torch.Tensor, sigma: torch.Tensor, rank: int) -> float:
+    # First-order perturbation theory: the entry of the error between two singular vectors, over the gap of their values.
+    sigma = torch.cat([sigma.double(), sigma.new_zeros(1, dtype=torch.float64)])[: rank + 1]
+    if sigma[0] == 0:
+        return 1.0
+    entry = torch.linalg.vector_norm(weight_OI / sigma[0].to(weight_OI), dtype=torch.float64) / weight_OI.numel() ** 0.5
+    error = BFLOAT16_ROUNDING * entry.item() + RESIDUAL_TOLERANCE
+    gap = (-sigma.diff()).min().item() / sigma[0].item()
+    return min(error / gap, 1.0) if gap > 0 else 1.0
 
 
 def _full_svd(matrix_OI: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     left, sigma, right = torch.linalg.svd(matrix_OI.double(), full_matrices=False)
-    return left[:, :rank], sigma[:rank], right[:rank]
+    return left[:, :rank], sigma[: rank + 1], right[:rank]
 
 
 def _randomised_svd(matrix_OI: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -174,6 +209,6 @@ def _randomised_svd(matrix_OI: torch.Tensor, rank: int) -> tuple[torch.Tensor, t
         scale = sigma_R[0].clamp_min(torch.finfo(sigma_R.dtype).tiny)
         residual = torch.linalg.matrix_norm((image_OQ[:, :rank] - left_OR * sigma_R) / scale)
         if residual <= RESIDUAL_TOLERANCE:
-            return left_OR, sigma_R, right_RI
+            return left_OR, sigma_Q[: rank + 1], right_RI
         range_OQ = torch.linalg.qr(image_OQ).Q
     return _full_svd(matrix_OI, rank)

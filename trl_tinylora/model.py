@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from contextlib import contextmanager
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -13,15 +13,16 @@ from torch import nn
 from tqdm import tqdm
 
 from .bank import TinyLoraBank, TinyLoraLayer, Vectors
+from .checkpoint import FACTORS, MAX_UNCERTAINTY, SIDES, VALUES, digest, refuse_unfit_shape, refuse_unfit_values
 from .config import TinyLoraConfig
 from .decomposition import truncated_svd
 from .distributed import gathered, is_spread, same_on_all, whole
+from .fingerprint import Probe, fingerprint, refuse_another_base, take_probe
 from .layer import Linear
 from .targets import as_OI, resolve_target_modules, unwrap
 
 
 BANK = "tinylora_bank"
-CHECKPOINT_KEY = "trl_tinylora_v"
 _VALUES_KEY = re.compile(rf"(.*\.)?{BANK}\.trl_tinylora_v\.(?P<adapter>.+)\.lora_magnitude_vector")
 
 
@@ -78,8 +79,12 @@ class TinyLoraModel(BaseTuner):
         block_name = first_block(model, names)
         if config.n_tie == "all" or config.n_tie > len(names):
             config.warn_if_redundant(len(names))
-        factors = compute_factors(model, names, config.r)
+        factors, measured = compute_factors(model, names, config.r)
         vectors = Vectors(config, names, block_name, factors[names[0]][0].device)
+        probes = [measured[name].probe for name in names]
+        self._refuse_another_base(adapter_name, config, vectors, probes)
+        vectors.fingerprint = fingerprint(names, probes)
+        vectors.uncertain = [name for name in names if measured[name].uncertainty > MAX_UNCERTAINTY]
 
         if low_cpu_mem_usage:
             # Only what the checkpoint brings is left open.
@@ -95,7 +100,23 @@ class TinyLoraModel(BaseTuner):
             raise
         finally:
             del self._injection
+        self.bank.measured.update({(name, config.r): measured[name] for name in names})
         _place_hook(model.get_submodule(block_name), block_name, self.bank)
+
+    def _refuse_another_base(self, adapter_name, config, vectors, probes) -> None:
+        # A configuration that was read from a folder has these; nothing is changed yet.
+        if config.base_fingerprint is not None:
+            try:
+                refuse_another_base(config.base_fingerprint, vectors.names, probes)
+            except ValueError as error:
+                raise ValueError(
+                    f"this is not the base model of the adapter {adapter_name!r}: {error}. Load it on "
+                    f"{config.base_model_name_or_path or 'its own base'} as it was then, unquantised. To load it on this "
+                    "model all the same, pass `config=config` with `config.base_fingerprint = None`, from "
+                    "`config = PeftConfig.from_pretrained(...)`."
+                ) from error
+        if config._stored_shape is not None:
+            refuse_unfit_shape(config._stored_shape, vectors.shape)
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
@@ -145,39 +166,44 @@ class TinyLoraModel(BaseTuner):
         yield
 
     @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        own = {}
+        for key in found:
+            if _VALUES_KEY.fullmatch(key):
+                found[key] = own[VALUES] = found[key].to(getattr(torch, config.save_dtype))
+        bank = _bank_of(model)
+        vectors = bank.trl_tinylora_v[adapter_name]
+        config._of_saved = {"base_fingerprint": vectors.fingerprint, "checkpoint_digest": digest(own)}
+        return found
+
+    @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         match = _VALUES_KEY.fullmatch(key)
         if match is not None and match["adapter"] == adapter_name:
-            return CHECKPOINT_KEY
+            return VALUES
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        values = state_dict.get(CHECKPOINT_KEY)
-        if values is None:
-            raise ValueError(
-                f"this is no TinyLoRA checkpoint: it lacks {CHECKPOINT_KEY!r} and holds {sorted(state_dict)[:3]}. Load "
-                "an adapter that was saved with `peft_type` TRL_TINYLORA."
-            )
-        (vectors,) = (
-            module.trl_tinylora_v[adapter_name] for module in model.modules() if isinstance(module, TinyLoraBank)
-        )
-        expected = vectors.shape
-        if tuple(values.shape) != expected:
-            raise ValueError(
-                f"the checkpoint holds values of shape {tuple(values.shape)}, this adapter has {expected} (groups, u). "
-                "The base model or its target modules differ from those the checkpoint was made with: load it with the "
-                "configuration in its own adapter_config.json, on its own base model."
-            )
-        if not torch.isfinite(values).all():
-            raise ValueError(
-                f"{int((~torch.isfinite(values)).sum())} of the checkpoint's {values.numel()} values are not finite. "
-                "The run diverged or the file is damaged: take an earlier checkpoint."
-            )
+        vectors = _bank_of(model).trl_tinylora_v[adapter_name]
+        own = {key: tensor for key, tensor in state_dict.items() if key.startswith((VALUES, FACTORS))}
+        refuse_unfit_values(own or state_dict)
+        refuse_unfit_shape(own[VALUES].shape, vectors.shape)
+        state_dict = {**state_dict, VALUES: own[VALUES].float()}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
-def compute_factors(model: nn.Module, names: list[str], rank: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+class Measured(NamedTuple):
+    """What else is known of a weight once its factors are: the base's part in a fingerprint, and how sure they are."""
+
+    probe: Probe
+    uncertainty: float
+
+
+def compute_factors(
+    model: nn.Module, names: list[str], rank: int
+) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], dict[str, Measured]]:
     """Returns U S and V^T of each module, taken from an adapter of the same rank where there is one.
 
     Args:
@@ -186,17 +212,18 @@ def compute_factors(model: nn.Module, names: list[str], rank: int) -> dict[str, 
         rank (`int`): The rank.
 
     Returns:
-        `dict[str, tuple[torch.Tensor, torch.Tensor]]`
+        `tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], dict[str, Measured]]`
 
     Raises:
         ValueError: If a weight has non-finite entries or is on the meta device; the message names the module.
     """
-    factors = {}
+    factors, measured = {}, {}
+    known_measured = getattr(model, BANK).measured if hasattr(model, BANK) else {}
     for name in tqdm(names, desc="TinyLoRA: singular vectors", delay=3, leave=False):
         module = model.get_submodule(name)
         known = module.factors(rank) if isinstance(module, Linear) else None
         if known is not None:
-            factors[name] = known
+            factors[name], measured[name] = known, known_measured[name, rank]
             continue
         linear = unwrap(module)
         if linear.weight.is_meta:
@@ -210,13 +237,19 @@ def compute_factors(model: nn.Module, names: list[str], rank: int) -> dict[str, 
         try:
             # One weight at a time: what is whole at any moment is small beside the model.
             with gathered([linear.weight]):
-                weight = whole(linear.weight.data if unmerged is None else unmerged)
-                factors[name] = truncated_svd(as_OI(linear, weight), rank)
+                weight_OI = as_OI(linear, whole(linear.weight.data if unmerged is None else unmerged))
+                left_OR, right_RI, uncertainty = truncated_svd(weight_OI, rank)
+                measured[name] = Measured(take_probe(name, weight_OI), uncertainty)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+        factors[name] = left_OR, right_RI
         if must_gather:
             same_on_all(factors[name])
-    return factors
+    return factors, measured
+
+
+def _bank_of(model: nn.Module) -> TinyLoraBank:
+    return next(module for module in model.modules() if isinstance(module, TinyLoraBank))
 
 
 def first_block(model: nn.Module, names: list[str]) -> str:

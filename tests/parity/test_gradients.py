@@ -66,7 +66,7 @@ def updates_of(plain, values, config):
     factors = [truncated_svd(plain.get_submodule(name).weight.detach(), config.r) for name in names]
     return {
         name: delta_weight(left, mixing[i], right)
-        for i, (name, (left, right)) in enumerate(zip(names, factors, strict=True))
+        for i, (name, (left, right, _)) in enumerate(zip(names, factors, strict=True))
     }
 
 

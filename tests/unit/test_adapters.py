@@ -14,7 +14,7 @@ import weakref
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
@@ -739,8 +739,13 @@ def test_a_checkpoint_of_another_shape_is_refused(tiny_qwen2, saved):
 def test_a_checkpoint_on_a_base_model_of_another_depth_is_refused(tiny_qwen2, tmp_path, layers, shape):
     adapted(tiny_qwen2(), u=3, target_modules=["q_proj"]).save_pretrained(tmp_path)
 
-    with pytest.raises(ValueError, match=rf"values of shape \(2, 3\), this adapter has {shape}"):
+    with pytest.raises(ValueError, match=f"trained on 2 modules, and its configuration matches {layers} here"):
         PeftModel.from_pretrained(tiny_qwen2(num_hidden_layers=layers), tmp_path)
+
+    config = PeftConfig.from_pretrained(tmp_path)
+    config.base_fingerprint = None
+    with pytest.raises(ValueError, match=rf"values of shape \(2, 3\), this adapter has {shape}"):
+        PeftModel.from_pretrained(tiny_qwen2(num_hidden_layers=layers), tmp_path, config=config)
 
 
 def test_a_checkpoint_with_values_that_are_not_finite_is_refused(tiny_qwen2, tmp_path):

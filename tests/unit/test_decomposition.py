@@ -74,7 +74,7 @@ def full_svd_calls(monkeypatch):
 def test_small_matrices_are_decomposed_as_numpy_does(shape, rank):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
-    left, right = truncated_svd(weight, rank)
+    left, right, _ = truncated_svd(weight, rank)
 
     expected_left, expected_right = numpy_factors(weight, rank)
     assert left.dtype == right.dtype == torch.float64
@@ -88,7 +88,7 @@ def test_small_matrices_are_decomposed_as_numpy_does(shape, rank):
 def test_large_matrices_are_decomposed_as_numpy_does_without_a_full_svd(only_randomised, shape, rank):
     weight = with_spectrum(*shape, 0.8 ** np.arange(300))
 
-    left, right = truncated_svd(torch.from_numpy(weight).float(), rank)
+    left, right, _ = truncated_svd(torch.from_numpy(weight).float(), rank)
 
     expected_left, expected_right = numpy_factors(weight.astype(np.float32), rank)
     assert left.dtype == right.dtype == torch.float32
@@ -102,7 +102,7 @@ def test_large_matrices_are_decomposed_as_numpy_does_without_a_full_svd(only_ran
 def test_large_float64_matrices_stay_float64(only_randomised):
     weight = with_spectrum(400, 300, 0.5 ** np.arange(20))
 
-    left, right = truncated_svd(torch.from_numpy(weight), 2)
+    left, right, _ = truncated_svd(torch.from_numpy(weight), 2)
 
     assert left.dtype == right.dtype == torch.float64
     assert_singular_pairs(weight, left, right, 1e-5)
@@ -112,7 +112,7 @@ def test_a_spectrum_too_flat_for_iteration_falls_back_to_the_full_svd(full_svd_c
     # The singular values of a random matrix lie so close that 40 iterations do not separate the leading ones.
     weight = torch.randn(600, 300, generator=torch.Generator().manual_seed(0))
 
-    left, right = truncated_svd(weight, 2)
+    left, right, _ = truncated_svd(weight, 2)
 
     assert full_svd_calls == [(600, 300)]
     expected_left, expected_right = numpy_factors(weight, 2)
@@ -125,7 +125,7 @@ def test_a_spectrum_too_flat_for_iteration_falls_back_to_the_full_svd(full_svd_c
 def test_equal_singular_values_still_give_singular_pairs(size):
     weight = with_spectrum(size, size, np.ones(size))
 
-    left, right = truncated_svd(torch.from_numpy(weight).float(), 2)
+    left, right, _ = truncated_svd(torch.from_numpy(weight).float(), 2)
 
     assert_singular_pairs(weight, left, right, 1e-5)
 
@@ -134,7 +134,7 @@ def test_equal_singular_values_still_give_singular_pairs(size):
 def test_a_matrix_of_lower_rank_is_reproduced(shape):
     weight = with_spectrum(*shape, [2.0])
 
-    left, right = truncated_svd(torch.from_numpy(weight).float(), 3)
+    left, right, _ = truncated_svd(torch.from_numpy(weight).float(), 3)
 
     assert torch.isfinite(left).all() and torch.isfinite(right).all()
     np.testing.assert_allclose(left @ right, weight, rtol=0, atol=1e-6)
@@ -143,7 +143,7 @@ def test_a_matrix_of_lower_rank_is_reproduced(shape):
 
 @pytest.mark.parametrize("shape", [(30, 20), (400, 300)])
 def test_a_zero_matrix_has_zero_factors_and_finite_directions(shape):
-    left, right = truncated_svd(torch.zeros(shape), 2)
+    left, right, _ = truncated_svd(torch.zeros(shape), 2)
 
     assert torch.equal(left, torch.zeros(shape[0], 2))
     assert torch.isfinite(right).all()
@@ -154,7 +154,7 @@ def test_a_zero_matrix_has_zero_factors_and_finite_directions(shape):
 def test_sixteen_bit_weights_are_decomposed_in_float32(shape, dtype):
     weight = torch.from_numpy(with_spectrum(*shape, 0.7 ** np.arange(24))).to(dtype)
 
-    left, right = truncated_svd(weight, 2)
+    left, right, _ = truncated_svd(weight, 2)
 
     assert left.dtype == right.dtype == torch.float32
     from_float32 = truncated_svd(weight.float(), 2)
@@ -166,7 +166,7 @@ def test_sixteen_bit_weights_are_decomposed_in_float32(shape, dtype):
 def test_neither_huge_nor_tiny_weights_lose_accuracy(shape, scale):
     weight = with_spectrum(*shape, 0.8 ** np.arange(24))
 
-    left, right = truncated_svd(torch.from_numpy(weight * scale).float(), 2)
+    left, right, _ = truncated_svd(torch.from_numpy(weight * scale).float(), 2)
 
     # A residual of squares that overflow or underflow would accept the first guess, or never be content.
     assert_singular_pairs(weight, left.double() / scale, right, 3e-5)
@@ -179,7 +179,7 @@ def test_huge_weights_need_no_full_svd(only_randomised):
 @pytest.mark.parametrize("shape", [(40, 24), (400, 300)])
 def test_the_largest_entry_of_each_left_vector_is_positive(shape):
     for seed in range(6):
-        left, _ = truncated_svd(torch.from_numpy(with_spectrum(*shape, 0.7 ** np.arange(8), seed)), 3)
+        left, _, _ = truncated_svd(torch.from_numpy(with_spectrum(*shape, 0.7 ** np.arange(8), seed)), 3)
 
         assert (left.gather(0, left.abs().argmax(dim=0, keepdim=True)) > 0).all()
 
@@ -188,8 +188,8 @@ def test_the_largest_entry_of_each_left_vector_is_positive(shape):
 def test_negating_a_weight_leaves_the_left_factor_and_negates_the_right_one(shape):
     weight = torch.from_numpy(with_spectrum(*shape, 0.7 ** np.arange(8)))
 
-    left, right = truncated_svd(weight, 3)
-    negated_left, negated_right = truncated_svd(-weight, 3)
+    left, right, _ = truncated_svd(weight, 3)
+    negated_left, negated_right, _ = truncated_svd(-weight, 3)
 
     # Without the rule the sign would go to either side; 1e-9 stands for equal in float64 at these gaps.
     np.testing.assert_allclose(negated_left, left, rtol=0, atol=1e-9)

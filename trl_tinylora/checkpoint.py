@@ -1,0 +1,121 @@
+"""What an adapter's file holds, and how a damaged or foreign one is told before a model is touched."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+
+import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+
+VALUES = "trl_tinylora_v"
+# `trl_tinylora_factors.<module>.left` and `.right`, of modules whose singular vectors another machine could turn.
+FACTORS = "trl_tinylora_factors"
+SIDES = ("left", "right")
+# Radians: the effect of an adapter is right to about this share of itself where its factors are computed again.
+MAX_UNCERTAINTY = 0.02
+
+
+def digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Returns what tells a flipped bit: the first 16 digits of a SHA-256 over names, dtypes, shapes and bytes.
+
+    Args:
+        tensors (`Mapping[str, torch.Tensor]`): Tensors by name.
+
+    Returns:
+        `str`
+    """
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def refuse_unfit_values(tensors: Mapping[str, torch.Tensor]) -> None:
+    """
+    Raises where tensors are not those of a TinyLoRA adapter.
+
+    Args:
+        tensors (`Mapping[str, torch.Tensor]`): What a checkpoint holds, by name.
+
+    Raises:
+        ValueError: If the values are missing or not finite.
+    """
+    values = tensors.get(VALUES)
+    if values is None:
+        raise ValueError(
+            f"this is no TinyLoRA checkpoint: it lacks {VALUES!r} and holds {sorted(tensors)[:3]}. Load an adapter that "
+            "was saved with `peft_type` TRL_TINYLORA."
+        )
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{int((~torch.isfinite(tensor)).sum())} of the checkpoint's {tensor.numel()} values are not finite "
+                f"({name}). The run diverged or the file is damaged: take an earlier checkpoint."
+            )
+
+
+def refuse_unfit_shape(stored: Sequence[int], shape: Sequence[int]) -> None:
+    """
+    Raises where a checkpoint is of another number of values.
+
+    Args:
+        stored (`Sequence[int]`): Shape of the values in the checkpoint.
+        shape (`Sequence[int]`): `(groups, u)` of the adapter that they are for.
+
+    Raises:
+        ValueError: If the two differ.
+    """
+    if tuple(stored) != tuple(shape):
+        raise ValueError(
+            f"the checkpoint holds values of shape {tuple(stored)}, this adapter has {tuple(shape)} (groups, u). The base "
+            "model or its target modules differ from those the checkpoint was made with: load it with the configuration "
+            "in its own adapter_config.json, on its own base model."
+        )
+
+
+def read_folder(folder: str | os.PathLike, expected_digest: str | None = None) -> dict[str, torch.Tensor] | None:
+    """
+    Reads this package's tensors of an adapter folder, and raises where they are damaged.
+
+    Args:
+        folder (`str` or `os.PathLike`): The folder.
+        expected_digest (`str`, *optional*): What [`digest`] gave when they were saved.
+
+    Returns:
+        `dict[str, torch.Tensor]`, or `None` if the folder is not on this machine or holds no weights.
+
+    Raises:
+        ValueError: If the file is truncated, altered, foreign or a pickle.
+    """
+    path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+    if not os.path.isfile(path):
+        pickle = os.path.join(folder, WEIGHTS_NAME)
+        if os.path.isfile(pickle):
+            raise ValueError(
+                f"{pickle} is a pickle, which can run code when it is read. Save the adapter again with "
+                "`safe_serialization=True` (the default) where it came from."
+            )
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            own = [name for name in file.keys() if name.startswith((VALUES, FACTORS))]
+            tensors = {name: file.get_tensor(name) for name in own or list(file.keys())[:3]}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is no complete safetensors file ({error}; {os.path.getsize(path)} bytes). It was truncated or "
+            "altered: copy it again, or take an earlier checkpoint."
+        ) from error
+    refuse_unfit_values(tensors)
+    if expected_digest is not None and digest(tensors) != expected_digest:
+        raise ValueError(
+            f"{path} is not what was saved: its digest is {digest(tensors)}, adapter_config.json says {expected_digest}. "
+            "Copy the folder again; where the values were changed on purpose, remove `checkpoint_digest` from "
+            "adapter_config.json."
+        )
+    return tensors

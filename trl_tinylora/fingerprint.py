@@ -1,0 +1,130 @@
+"""
+What proves a base model: a few numbers for each adapted weight, that a change of dtype leaves and other weights change.
+
+A probe of a weight W is `a^T W b / sqrt(out_features * in_features)`, with random signs a and b that follow from the
+module's name. A change E of the weight moves it by about the root mean square entry of E. So, in units of the root mean
+square entry of W, rounding to bfloat16 moves a probe by 0.0016, 8-bit weights by 0.01, 4-bit weights by 0.1, other weights
+by 1. Singular values would not do: the largest ones hardly feel quantisation.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .decomposition import BFLOAT16_ROUNDING
+
+
+PROBES = 16
+# An adapter keeps at least this many numbers, so that one of few modules is proved as well.
+FEWEST_NUMBERS = 64
+# Of the root mean square over all probes, and of a single one: rounding to bfloat16 makes BFLOAT16_ROUNDING.
+TOLERANCE = 2.2 * BFLOAT16_ROUNDING
+SINGLE_TOLERANCE = 6 * BFLOAT16_ROUNDING
+UNRELATED = 0.3
+
+
+class Probe(NamedTuple):
+    """
+    What is measured of one adapted weight.
+
+    Args:
+        shape (`tuple[int, int]`): `(out_features, in_features)`.
+        scale (`float`): Root mean square of the entries.
+        values (`tuple[float, ...]`): Its probes, [`PROBES`] of them.
+    """
+
+    shape: tuple[int, int]
+    scale: float
+    values: tuple[float, ...]
+
+
+def take_probe(name: str, weight_OI: torch.Tensor) -> Probe:
+    """Returns the probes of one weight; the cost is that of a product with 16 columns.
+
+    Args:
+        name (`str`): Name of the module in the base model.
+        weight_OI (`torch.Tensor`): Its weight, shape `(out_features, in_features)`, any float dtype.
+
+    Returns:
+        [`Probe`]
+    """
+    out_features, in_features = weight_OI.shape
+    seed = hashlib.sha256(f"probe:{name}".encode()).digest()
+    stream = np.random.RandomState(np.frombuffer(seed, dtype="<u4").astype(np.uint32))
+    signs = torch.from_numpy(stream.randint(0, 2, (out_features + in_features, PROBES)).astype(np.float32) * 2 - 1)
+    dtype = torch.promote_types(weight_OI.dtype, torch.float32)
+    left_OP, right_IP = signs.to(weight_OI.device, dtype).split([out_features, in_features])
+    matrix_OI = weight_OI.to(dtype)
+    size = weight_OI.numel() ** 0.5
+    values = (left_OP * (matrix_OI @ right_IP)).sum(0, dtype=torch.float64) / size
+    scale = torch.linalg.vector_norm(matrix_OI, dtype=torch.float64).item() / size
+    return Probe((out_features, in_features), scale, tuple(values.tolist()))
+
+
+def fingerprint(names: Sequence[str], probes: Sequence[Probe]) -> dict:
+    """
+    Returns what an adapter keeps of its base, for `adapter_config.json`.
+
+    Args:
+        names (`Sequence[str]`): Names of the adapted modules in depth order.
+        probes (`Sequence[Probe]`): Their probes.
+
+    Returns:
+        `dict`: `modules`, their number; `names`, a digest of their names and shapes in order; `probes`, base64 of
+        float32 numbers, little endian, an equal number for each module.
+    """
+    listed = "\n".join(f"{name} {probe.shape}" for name, probe in zip(names, probes, strict=True))
+    kept = np.array([probe.values[: _probes_kept(len(names))] for probe in probes], dtype="<f4")
+    return {
+        "modules": len(names),
+        "names": hashlib.sha256(listed.encode()).hexdigest()[:16],
+        "probes": base64.b64encode(kept.tobytes()).decode(),
+    }
+
+
+def refuse_another_base(expected: dict, names: Sequence[str], probes: Sequence[Probe]) -> None:
+    """
+    Raises unless the base is the one that an adapter was trained on, up to a change of dtype.
+
+    Args:
+        expected (`dict`): The adapter's [`fingerprint`].
+        names (`Sequence[str]`): Names of the modules that it would adapt here.
+        probes (`Sequence[Probe]`): Their probes.
+
+    Raises:
+        ValueError: If the base differs; the message says in what.
+    """
+    found = fingerprint(names, probes)
+    if found["modules"] != expected["modules"]:
+        raise ValueError(
+            f"it was trained on {expected['modules']} modules, and its configuration matches {found['modules']} here: a "
+            "model of another depth, or modules that are missing or were renamed"
+        )
+    if found["names"] != expected["names"]:
+        raise ValueError(
+            f"the {len(names)} modules have other names, another order or other shapes than those it was trained on; "
+            f"here they run from {names[0]} {probes[0].shape} to {names[-1]} {probes[-1].shape}"
+        )
+    there = np.frombuffer(base64.b64decode(expected["probes"]), dtype="<f4").reshape(len(names), -1)
+    here = np.array([probe.values[: there.shape[1]] for probe in probes])
+    scale = np.array([[max(probe.scale, np.finfo(np.float32).tiny)] for probe in probes])
+    moved = np.abs(here - there) / scale
+    overall, single = float(np.sqrt((moved**2).mean())), moved.max(axis=1)
+    if overall <= TOLERANCE and single.max() <= SINGLE_TOLERANCE:
+        return
+    other = [name for name, most in zip(names, single, strict=True) if most > SINGLE_TOLERANCE] or list(names)
+    kind = "other weights" if overall > UNRELATED else "a quantised, fine-tuned, merged or revised variant of its base"
+    raise ValueError(
+        f"the weights of {len(other)} of {len(names)} modules differ, the first {other[0]}: by {overall:.1e} of their size "
+        f"overall and {single.max():.1e} at most, where rounding to bfloat16 makes {BFLOAT16_ROUNDING:.1e}. That is {kind}"
+    )
+
+
+def _probes_kept(modules: int) -> int:
+    return min(max(-(-FEWEST_NUMBERS // modules), 1), PROBES)
