@@ -49,8 +49,8 @@ def refuse_unfit_values(tensors: Mapping[str, torch.Tensor]) -> None:
     values = tensors.get(VALUES)
     if values is None:
         raise ValueError(
-            f"this is no TinyLoRA checkpoint: it lacks {VALUES!r} and holds {sorted(tensors)[:3]}. Load an adapter that "
-            "was saved with `peft_type` TRL_TINYLORA."
+            f"this is no TinyLoRA checkpoint: it lacks {VALUES!r} and holds {sorted(tensors)[:3]}. Load an adapter "
+            "that was saved with `peft_type` TRL_TINYLORA."
         )
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
@@ -73,9 +73,9 @@ def refuse_unfit_shape(stored: Sequence[int], shape: Sequence[int]) -> None:
     """
     if tuple(stored) != tuple(shape):
         raise ValueError(
-            f"the checkpoint holds values of shape {tuple(stored)}, this adapter has {tuple(shape)} (groups, u). The base "
-            "model or its target modules differ from those the checkpoint was made with: load it with the configuration "
-            "in its own adapter_config.json, on its own base model."
+            f"the checkpoint holds values of shape {tuple(stored)}, this adapter has {tuple(shape)} (groups, u). The "
+            "base model or its target modules differ from those the checkpoint was made with: load it with the "
+            "configuration in its own adapter_config.json, on its own base model."
         )
 
 
@@ -114,8 +114,8 @@ def read_folder(folder: str | os.PathLike, expected_digest: str | None = None) -
     refuse_unfit_values(tensors)
     if expected_digest is not None and digest(tensors) != expected_digest:
         raise ValueError(
-            f"{path} is not what was saved: its digest is {digest(tensors)}, adapter_config.json says {expected_digest}. "
-            "Copy the folder again; where the values were changed on purpose, remove `checkpoint_digest` from "
+            f"{path} is not what was saved: its digest is {digest(tensors)}, adapter_config.json says "
+            f"{expected_digest}. Copy the folder again; where the values were changed on purpose, remove `checkpoint_digest` from "
             "adapter_config.json."
         )
     return tensors

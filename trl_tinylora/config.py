@@ -83,8 +83,8 @@ class TinyLoraConfig(PeftConfig):
         trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
             Token embeddings trained and saved beside the adapter.
         save_dtype (`str`, *optional*, defaults to `"float32"`):
-            Dtype of the values in the file: `"float32"`, `"bfloat16"` or `"float16"` (13 values: 52, 26 or 26 bytes). They
-            are trained in float32 whatever it is.
+            Dtype of the values in the file: `"float32"`, `"bfloat16"` or `"float16"` (13 values: 52, 26 or 26 bytes).
+            They are trained in float32 whatever it is.
         base_fingerprint (`dict`, *optional*):
             What proves the base, see `fingerprint.py`; written when an adapter is saved, and compared before it is
             loaded. `None` loads it on any base.

@@ -179,7 +179,7 @@ def truncated_svd(weight_OI: torch.Tensor, rank: int) -> Factors:
 
 
 def _uncertainty(weight_OI: torch.Tensor, sigma: torch.Tensor, rank: int) -> float:
-    # First-order perturbation theory: the entry of the error between two singular vectors, over the gap of their values.
+    # First-order perturbation theory: an error's entry between two singular vectors, over the gap of their values.
     sigma = torch.cat([sigma.double(), sigma.new_zeros(1, dtype=torch.float64)])[: rank + 1]
     if sigma[0] == 0:
         return 1.0

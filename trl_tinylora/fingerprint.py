@@ -3,8 +3,8 @@ What proves a base model: a few numbers for each adapted weight, that a change o
 
 A probe of a weight W is `a^T W b / sqrt(out_features * in_features)`, with random signs a and b that follow from the
 module's name. A change E of the weight moves it by about the root mean square entry of E. So, in units of the root mean
-square entry of W, rounding to bfloat16 moves a probe by 0.0016, 8-bit weights by 0.01, 4-bit weights by 0.1, other weights
-by 1. Singular values would not do: the largest ones hardly feel quantisation.
+square entry of W, rounding to bfloat16 moves a probe by 0.0016, 8-bit weights by 0.01, 4-bit weights by 0.1, other
+weights by 1. Singular values would not do: the largest ones hardly feel quantisation.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import torch
 from .decomposition import BFLOAT16_ROUNDING
 
 
-PROBES = 16
 # An adapter keeps at least this many numbers, so that one of few modules is proved as well.
 FEWEST_NUMBERS = 64
 # Of the root mean square over all probes, and of a single one: rounding to bfloat16 makes BFLOAT16_ROUNDING.
@@ -36,7 +35,7 @@ class Probe(NamedTuple):
     Args:
         shape (`tuple[int, int]`): `(out_features, in_features)`.
         scale (`float`): Root mean square of the entries.
-        values (`tuple[float, ...]`): Its probes, [`PROBES`] of them.
+        values (`tuple[float, ...]`): Its probes.
     """
 
     shape: tuple[int, int]
@@ -44,12 +43,25 @@ class Probe(NamedTuple):
     values: tuple[float, ...]
 
 
-def take_probe(name: str, weight_OI: torch.Tensor) -> Probe:
-    """Returns the probes of one weight; the cost is that of a product with 16 columns.
+def probes_needed(modules: int) -> int:
+    """Returns how many probes of each module prove an adapter of this many modules.
+
+    Args:
+        modules (`int`): Number of adapted modules.
+
+    Returns:
+        `int`
+    """
+    return max(-(-FEWEST_NUMBERS // modules), 1)
+
+
+def take_probe(name: str, weight_OI: torch.Tensor, count: int) -> Probe:
+    """Returns probes of one weight; the first ones are the same whatever their number.
 
     Args:
         name (`str`): Name of the module in the base model.
         weight_OI (`torch.Tensor`): Its weight, shape `(out_features, in_features)`, any float dtype.
+        count (`int`): How many; the cost is that of a product with so many columns.
 
     Returns:
         [`Probe`]
@@ -57,9 +69,9 @@ def take_probe(name: str, weight_OI: torch.Tensor) -> Probe:
     out_features, in_features = weight_OI.shape
     seed = hashlib.sha256(f"probe:{name}".encode()).digest()
     stream = np.random.RandomState(np.frombuffer(seed, dtype="<u4").astype(np.uint32))
-    signs = torch.from_numpy(stream.randint(0, 2, (out_features + in_features, PROBES)).astype(np.float32) * 2 - 1)
+    signs = torch.from_numpy(stream.randint(0, 2, (count, out_features + in_features)).astype(np.float32) * 2 - 1)
     dtype = torch.promote_types(weight_OI.dtype, torch.float32)
-    left_OP, right_IP = signs.to(weight_OI.device, dtype).split([out_features, in_features])
+    left_OP, right_IP = signs.T.to(weight_OI.device, dtype).split([out_features, in_features])
     matrix_OI = weight_OI.to(dtype)
     size = weight_OI.numel() ** 0.5
     values = (left_OP * (matrix_OI @ right_IP)).sum(0, dtype=torch.float64) / size
@@ -80,7 +92,7 @@ def fingerprint(names: Sequence[str], probes: Sequence[Probe]) -> dict:
         float32 numbers, little endian, an equal number for each module.
     """
     listed = "\n".join(f"{name} {probe.shape}" for name, probe in zip(names, probes, strict=True))
-    kept = np.array([probe.values[: _probes_kept(len(names))] for probe in probes], dtype="<f4")
+    kept = np.array([probe.values[: probes_needed(len(names))] for probe in probes], dtype="<f4")
     return {
         "modules": len(names),
         "names": hashlib.sha256(listed.encode()).hexdigest()[:16],
@@ -103,8 +115,8 @@ def refuse_another_base(expected: dict, names: Sequence[str], probes: Sequence[P
     found = fingerprint(names, probes)
     if found["modules"] != expected["modules"]:
         raise ValueError(
-            f"it was trained on {expected['modules']} modules, and its configuration matches {found['modules']} here: a "
-            "model of another depth, or modules that are missing or were renamed"
+            f"it was trained on {expected['modules']} modules, and its configuration matches {found['modules']} here: "
+            "a model of another depth, or modules that are missing or were renamed"
         )
     if found["names"] != expected["names"]:
         raise ValueError(
@@ -121,10 +133,7 @@ def refuse_another_base(expected: dict, names: Sequence[str], probes: Sequence[P
     other = [name for name, most in zip(names, single, strict=True) if most > SINGLE_TOLERANCE] or list(names)
     kind = "other weights" if overall > UNRELATED else "a quantised, fine-tuned, merged or revised variant of its base"
     raise ValueError(
-        f"the weights of {len(other)} of {len(names)} modules differ, the first {other[0]}: by {overall:.1e} of their size "
-        f"overall and {single.max():.1e} at most, where rounding to bfloat16 makes {BFLOAT16_ROUNDING:.1e}. That is {kind}"
+        f"the weights of {len(other)} of {len(names)} modules differ, the first {other[0]}: by {overall:.1e} of their "
+        f"size overall and {single.max():.1e} at most, where rounding to bfloat16 makes {BFLOAT16_ROUNDING:.1e}. That is "
+        f"{kind}"
     )
-
-
-def _probes_kept(modules: int) -> int:
-    return min(max(-(-FEWEST_NUMBERS // modules), 1), PROBES)

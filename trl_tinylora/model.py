@@ -13,11 +13,11 @@ from torch import nn
 from tqdm import tqdm
 
 from .bank import TinyLoraBank, TinyLoraLayer, Vectors
-from .checkpoint import FACTORS, MAX_UNCERTAINTY, SIDES, VALUES, digest, refuse_unfit_shape, refuse_unfit_values
+from .cache import cached_svd
+from .checkpoint import FACTORS, MAX_UNCERTAINTY, VALUES, digest, refuse_unfit_shape, refuse_unfit_values
 from .config import TinyLoraConfig
-from .decomposition import truncated_svd
 from .distributed import gathered, is_spread, same_on_all, whole
-from .fingerprint import Probe, fingerprint, refuse_another_base, take_probe
+from .fingerprint import Probe, fingerprint, probes_needed, refuse_another_base, take_probe
 from .layer import Linear
 from .targets import as_OI, resolve_target_modules, unwrap
 
@@ -111,8 +111,8 @@ class TinyLoraModel(BaseTuner):
             except ValueError as error:
                 raise ValueError(
                     f"this is not the base model of the adapter {adapter_name!r}: {error}. Load it on "
-                    f"{config.base_model_name_or_path or 'its own base'} as it was then, unquantised. To load it on this "
-                    "model all the same, pass `config=config` with `config.base_fingerprint = None`, from "
+                    f"{config.base_model_name_or_path or 'its own base'} as it was then, unquantised. To load it on "
+                    "this model all the same, pass `config=config` with `config.base_fingerprint = None`, from "
                     "`config = PeftConfig.from_pretrained(...)`."
                 ) from error
         if config._stored_shape is not None:
@@ -218,11 +218,12 @@ def compute_factors(
         ValueError: If a weight has non-finite entries or is on the meta device; the message names the module.
     """
     factors, measured = {}, {}
+    needed = probes_needed(len(names))
     known_measured = getattr(model, BANK).measured if hasattr(model, BANK) else {}
     for name in tqdm(names, desc="TinyLoRA: singular vectors", delay=3, leave=False):
         module = model.get_submodule(name)
         known = module.factors(rank) if isinstance(module, Linear) else None
-        if known is not None:
+        if known is not None and len(known_measured[name, rank].probe.values) >= needed:
             factors[name], measured[name] = known, known_measured[name, rank]
             continue
         linear = unwrap(module)
@@ -238,8 +239,10 @@ def compute_factors(
             # One weight at a time: what is whole at any moment is small beside the model.
             with gathered([linear.weight]):
                 weight_OI = as_OI(linear, whole(linear.weight.data if unmerged is None else unmerged))
-                left_OR, right_RI, uncertainty = truncated_svd(weight_OI, rank)
-                measured[name] = Measured(take_probe(name, weight_OI), uncertainty)
+                left_OR, right_RI, uncertainty = (
+                    cached_svd(weight_OI, rank) if known is None else (*known, known_measured[name, rank].uncertainty)
+                )
+                measured[name] = Measured(take_probe(name, weight_OI, needed), uncertainty)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         factors[name] = left_OR, right_RI

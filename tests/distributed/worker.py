@@ -35,6 +35,7 @@ from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from trl.distributed import DistributedBackend
 from trl.generation.vllm_generation import VLLMGeneration
 
+import trl_tinylora.cache
 import trl_tinylora.model
 from trl_tinylora import TinyLoraConfig
 from trl_tinylora.bank import Vectors
@@ -205,7 +206,7 @@ CONTROLS = {
 @contextlib.contextmanager
 def whole_weights_while_building(most):
     """Appends to `most` how many of the model's spread weights were whole whenever singular vectors were taken."""
-    models, compute, decompose = [], trl_tinylora.model.compute_factors, trl_tinylora.model.truncated_svd
+    models, compute, decompose = [], trl_tinylora.model.compute_factors, trl_tinylora.cache.truncated_svd
 
     def computing(model, names, rank):
         models.append(model)
@@ -215,7 +216,10 @@ def whole_weights_while_building(most):
         most.append(sum(hasattr(p, "ds_shape") and p.shape == p.ds_shape for p in models[-1].parameters()))
         return decompose(weight, rank)
 
-    with mock.patch.multiple(trl_tinylora.model, compute_factors=computing, truncated_svd=decomposing):
+    with (
+        mock.patch.object(trl_tinylora.model, "compute_factors", computing),
+        mock.patch.object(trl_tinylora.cache, "truncated_svd", decomposing),
+    ):
         yield
 
 

@@ -18,6 +18,7 @@ from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
+import trl_tinylora.cache
 import trl_tinylora.model
 from trl_tinylora import TinyLoraConfig
 from trl_tinylora.bank import TinyLoraLayer
@@ -240,13 +241,13 @@ def test_an_added_adapter_leaves_the_first_one_as_it_was(tiny_qwen2, token_ids):
 @pytest.fixture
 def svd_calls(monkeypatch):
     calls = []
-    original = trl_tinylora.model.truncated_svd
+    original = trl_tinylora.cache.truncated_svd
 
     def spy(weight, rank):
         calls.append((tuple(weight.shape), rank))
         return original(weight, rank)
 
-    monkeypatch.setattr(trl_tinylora.model, "truncated_svd", spy)
+    monkeypatch.setattr(trl_tinylora.cache, "truncated_svd", spy)
     return calls
 
 
