@@ -1,0 +1,265 @@
+"""
+`python -m trl_tinylora`: what it prints, its exit status, and that errors are one line on stderr.
+
+In this process, but for one test of a process of its own. CPU, no network.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from tiny import make_base
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import trl_tinylora.__main__
+from trl_tinylora import TinyLoraConfig, export_lora
+from trl_tinylora.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def adapter(base_folder, tmp_path_factory):
+    """A saved adapter of 12 values on 14 modules."""
+    folder = tmp_path_factory.mktemp("adapter") / "saved"
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), TinyLoraConfig(n_tie=4, u=3))
+    (values,) = (p for name, p in model.named_parameters() if "lora_magnitude_vector" in name)
+    with torch.no_grad():
+        values.copy_(torch.linspace(-1, 1, 12).reshape(4, 3))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run(capfd):
+    """`run(*arguments)`: exit status, lines on stdout, lines on stderr."""
+
+    def call(*arguments):
+        capfd.readouterr()
+        status = main([str(argument) for argument in arguments])
+        printed = capfd.readouterr()
+        return status, printed.out.splitlines(), printed.err.splitlines()
+
+    return call
+
+
+def assert_fails(result, *parts):
+    status, out, err = result
+    assert status == 1 and out == []
+    assert len(err) == 1 and err[0].startswith("error: ")
+    for part in parts:
+        assert part in err[0]
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(4, 14)[None]).logits
+
+
+# plan
+
+
+def test_plan_makes_the_budgets_that_it_prints(run, base_folder):
+    status, out, err = run("plan", base_folder)
+
+    assert status == 0 and err == []
+    assert out[0] == f"{base_folder}: 14 modules at r=2"
+    assert out[1].split() == ["tying", "values", "bytes", "u", "n_tie", "groups", "config"]
+    model = AutoModelForCausalLM.from_pretrained(base_folder)
+    rows = [line.split(maxsplit=6) for line in out[2:]]
+    assert {row[0] for row in rows} == {"tiled", "structured"}
+    for tying, values, n_bytes, u, n_tie, groups, line in rows:
+        config = eval(line, {"TinyLoraConfig": TinyLoraConfig})
+        assert (config.tying, str(config.u), str(config.n_tie)) == (tying, u, n_tie)
+        trained = get_peft_model(model, config)
+        assert trained.get_nb_trainable_parameters()[0] == int(values) == int(u) * int(groups) == int(n_bytes) // 4
+        model = trained.unload()
+    counts = [int(row[1]) for row in rows if row[0] == "tiled"]
+    assert {1, 13, 14} <= set(counts) and counts == sorted(set(counts))
+
+
+def test_plan_reads_no_weights(run, base_folder, tmp_path):
+    AutoConfig.from_pretrained(base_folder).save_pretrained(tmp_path)
+
+    status, out, _ = run("plan", tmp_path, "--values", 6, "--r", 1, "--target_modules", "q_proj", "v_proj")
+
+    assert status == 0 and [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert out[0].endswith(": 4 modules at r=1")
+    tiled = [line for line in out if line.startswith("tiled")]
+    assert [line.split(maxsplit=6)[1] for line in tiled] == ["4"]
+    assert tiled[0].endswith("TinyLoraConfig(r=1, target_modules=['q_proj', 'v_proj'])")
+
+
+def test_plan_reproduces_the_papers_13_values(run, tmp_path):
+    base = AutoConfig.for_model("qwen2", num_hidden_layers=28, hidden_size=64, intermediate_size=64, vocab_size=8)
+    base.save_pretrained(tmp_path)
+
+    _, out, _ = run("plan", tmp_path, "--values", 13)
+
+    assert "196 modules" in out[0]
+    assert out[2].split() == ["tiled", "13", "52", "1", "16", "13", "TinyLoraConfig(n_tie=16)"]
+
+
+def test_plan_says_why_it_cannot(run, tmp_path, base_folder):
+    assert_fails(run("plan", tmp_path))
+    assert_fails(run("plan", base_folder, "--target_modules", "nothing"), "matches no module")
+    assert_fails(run("plan", base_folder, "--r", 99), "r=99 exceeds the rank")
+
+
+# inspect
+
+
+def test_inspect_prints_values_sizes_and_configuration(run, adapter, base_folder):
+    status, out, err = run("inspect", adapter)
+
+    assert status == 0 and err == []
+    size = (adapter / "adapter_model.safetensors").stat().st_size
+    assert out[:3] == ["type: TRL_TINYLORA", f"base model: {base_folder}", f"file: {size} bytes, 48 of them tensors"]
+    assert "n_tie=4" in out[3] and "u=3" in out[3] and "projection_seed=0" in out[3]
+    assert "float32, shape (4, 3), values -1 -0.818182 " in out[4] and out[4].endswith(" 1")
+
+
+def test_inspect_shows_the_tensors_of_any_adapter(run, adapter, base_folder, tmp_path):
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), adapter)
+    export_lora(model, tmp_path / "lora", dtype=torch.bfloat16)
+
+    status, out, _ = run("inspect", tmp_path / "lora")
+
+    assert status == 0 and out[0] == "type: LORA"
+    assert len(out) == 4 + 2 * 14 and out[4].endswith(": bfloat16, shape (2, 64)")
+
+
+def test_inspect_names_what_is_damaged(run, adapter, tmp_path):
+    assert_fails(run("inspect", tmp_path), "has no adapter_config.json")
+    assert_fails(run("inspect", "no/such"), "no/such is no folder, and not to be had from the Hub")
+    shutil.copytree(adapter, tmp_path / "cut")
+    weights = tmp_path / "cut" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    assert_fails(run("inspect", tmp_path / "cut"), "no complete safetensors file")
+    weights.unlink()
+    assert_fails(run("inspect", tmp_path / "cut"), "has no adapter_model.safetensors")
+    (tmp_path / "cut" / "adapter_config.json").write_text('{"peft_type": ')
+    assert_fails(run("inspect", tmp_path / "cut"), "no complete JSON")
+
+
+# export
+
+
+def test_export_writes_a_lora_of_equal_logits(run, adapter, base_folder, tmp_path):
+    status, out, err = run("export", adapter, tmp_path / "lora", "--base", base_folder)
+
+    assert status == 0 and err == []
+    size = (tmp_path / "lora" / "adapter_model.safetensors").stat().st_size
+    assert out == [f"wrote {tmp_path / 'lora'}: {size} bytes"]
+    ours, plain = (
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), folder)
+        for folder in (adapter, tmp_path / "lora")
+    )
+    assert plain.peft_config["default"].peft_type == "LORA"
+    torch.testing.assert_close(logits_of(plain), logits_of(ours), rtol=1e-5, atol=1e-5)
+
+
+def test_export_converts_an_adapter_of_pefts_own_tinylora(run, base_folder, tmp_path):
+    fields = {"target_modules": ["q_proj", "down_proj"], "u": 3, "init_weights": "uniform", "init_v_bound": 0.5}
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), peft.TinyLoraConfig(**fields))
+    model.save_pretrained(tmp_path / "tinylora")
+
+    status, _, err = run("export", tmp_path / "tinylora", tmp_path / "lora", "--dtype", "float32")
+
+    assert status == 0 and err == []
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), tmp_path / "lora")
+    assert plain.peft_config["default"].peft_type == "LORA"
+    torch.testing.assert_close(logits_of(plain), logits_of(model), rtol=1e-5, atol=1e-5)
+
+
+def test_export_refuses_an_adapters_folder_unless_told(run, adapter, base_folder, tmp_path):
+    assert run("export", adapter, tmp_path / "lora")[0] == 0
+    before = (tmp_path / "lora" / "adapter_model.safetensors").read_bytes()
+
+    assert_fails(
+        run("export", adapter, tmp_path / "lora", "--dtype", "bfloat16"), "holds an adapter already", "--overwrite"
+    )
+    assert (tmp_path / "lora" / "adapter_model.safetensors").read_bytes() == before
+    assert run("export", adapter, tmp_path / "lora", "--dtype", "bfloat16", "--overwrite")[0] == 0
+    assert len((tmp_path / "lora" / "adapter_model.safetensors").read_bytes()) < len(before)
+
+
+def test_export_refuses_adapters_of_other_methods(run, adapter, base_folder, tmp_path):
+    run("export", adapter, tmp_path / "lora")
+
+    assert_fails(run("export", tmp_path / "lora", tmp_path / "again"), "type LORA, not TRL_TINYLORA")
+    assert not (tmp_path / "again").exists()
+
+
+def test_export_asks_for_a_base_that_nobody_names(run, adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "anonymous")
+    path = tmp_path / "anonymous" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": None}))
+
+    assert_fails(run("export", tmp_path / "anonymous", tmp_path / "lora"), "names no base model", "--base")
+
+
+# verify
+
+
+def test_verify_counts_what_it_loaded(run, adapter, base_folder):
+    assert run("verify", adapter, base_folder) == (0, [f"OK: 12 values on 14 modules of {base_folder}"], [])
+
+
+def test_verify_passes_on_why_an_adapter_does_not_load(run, adapter, base_folder, tmp_path):
+    assert_fails(run("verify", adapter, tmp_path))
+    assert_fails(run("verify", tmp_path, base_folder), "has no adapter_config.json")
+    run("export", adapter, tmp_path / "lora")
+    assert_fails(run("verify", tmp_path / "lora", base_folder), "type LORA, not TRL_TINYLORA")
+
+    make_base(tmp_path / "deeper", num_hidden_layers=3)
+    shutil.copytree(adapter, tmp_path / "any modules")
+    path = tmp_path / "any modules" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "target_modules": "all-linear"}))
+    assert_fails(run("verify", tmp_path / "any modules", tmp_path / "deeper"), "values of shape (4, 3)")
+
+
+# Usage
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["frobnicate"],
+        ["plan"],
+        ["plan", "model", "--values", "0"],
+        ["plan", "model", "--values", "many"],
+        ["export", "adapter"],
+        ["export", "adapter", "out", "--dtype", "int8"],
+        ["verify", "adapter"],
+    ],
+)
+def test_wrong_usage_exits_with_status_2(capsys, arguments):
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    assert exit_info.value.code == 2
+    assert "usage: python -m trl_tinylora" in capsys.readouterr().err
+
+
+def test_a_bug_is_not_hidden(monkeypatch, adapter):
+    def broken(folder):
+        raise AssertionError("a bug")
+
+    monkeypatch.setattr(trl_tinylora.__main__, "read_config", broken)
+    with pytest.raises(AssertionError, match="a bug"):
+        main(["inspect", str(adapter)])
+
+
+def test_the_module_runs_as_a_process(tmp_path):
+    command = [sys.executable, "-m", "trl_tinylora", "inspect", str(tmp_path)]
+    finished = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+
+    assert finished.returncode == 1 and finished.stdout == "" and "Traceback" not in finished.stderr
+    assert finished.stderr.splitlines()[-1] == (
+        f"error: {tmp_path} has no adapter_config.json: it is no adapter folder. Name the folder that was saved."
+    )
