@@ -89,8 +89,7 @@ def export_lora(
     for name, layer in base.named_modules():
         if isinstance(layer, Linear) and adapter_name in layer.trl_tinylora_place:
             left_OR, right_RI = layer.factors(config.r)
-            mixing_RR = mixing_of(model, layer, adapter_name).to(left_OR.device, left_OR.dtype)
-            factors[name] = right_RI, left_OR @ mixing_RR
+            factors[name] = right_RI, left_OR.cpu().double() @ mixing_of(model, layer, adapter_name).cpu().double()
             is_conv1d = is_conv1d or isinstance(layer.get_base_layer(), Conv1D)
     write_lora(
         save_directory,

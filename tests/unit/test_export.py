@@ -497,7 +497,8 @@ def test_what_is_pushed_to_the_hub_is_what_was_saved(saved, base_folder, monkeyp
     assert set(uploaded) == {"adapter_model.safetensors", "adapter_config.json", "README.md"}
 
 
-# transformers looks for values under their name in the model, where the checkpoint has another: it warns and goes on.
+# transformers looks for values under their parameter's name without the adapter's, and the checkpoint has another key:
+# it reports that, and goes on with the base model.
 _BY_NAME = pytest.mark.xfail(reason="the checkpoint's key is not the parameter's name without the adapter's")
 
 
