@@ -166,6 +166,16 @@ class Vectors(nn.Module):
         """v, shape (groups, u), dtype float32; under ZeRO-3 and FSDP2 this process's share of it between passes."""
         return self.lora_magnitude_vector
 
+    def set_trained(self, is_trained: bool) -> None:
+        """Sets whether the values are trained.
+
+        Args:
+            is_trained (`bool`): Whether they are.
+        """
+        self.is_trained = is_trained
+        if self.values_GK.requires_grad != is_trained:
+            self.values_GK.requires_grad_(is_trained)
+
     def refresh(self) -> None:
         """Computes every module's R from the present values, without a graph."""
         with torch.no_grad(), torch.autocast(self.values_GK.device.type, enabled=False):
@@ -433,8 +443,11 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
             adapter_names (`str` or `list[str]`): Their names.
             inference_mode (`bool`, *optional*, defaults to `False`): Whether they are frozen.
         """
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self._note_what_is_trained()
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        # One cheap look at each: there may be thousands.
+        for name, vectors in self.trl_tinylora_v.items():
+            vectors.set_trained(name in names and not inference_mode)
+        self._active_adapter = names
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Sets whether adapters are trained.
@@ -443,12 +456,10 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
             adapter_names (`str` or `Sequence[str]`): Their names.
             requires_grad (`bool`, *optional*, defaults to `True`): Whether they are.
         """
-        super().set_requires_grad(adapter_names, requires_grad)
-        self._note_what_is_trained()
-
-    def _note_what_is_trained(self) -> None:
-        for vectors in self.trl_tinylora_v.values():
-            vectors.is_trained = vectors.values_GK.requires_grad
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            vectors = self.vectors(name)
+            if vectors is not None:
+                vectors.set_trained(requires_grad)
 
     def before_first_block(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Forward pre-hook of a first adapted block: R of the active adapters that begin there, and their sinks.
