@@ -11,10 +11,13 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 
-VALUES = "trl_tinylora_v"
+# PEFT puts it before every key of a file, whatever wrapped the model.
+PREFIX = "base_model.model."
+# The parameter's name without the adapter's, which is what transformers looks for.
+VALUES = "tinylora_bank.trl_tinylora_v.lora_magnitude_vector"
 # `trl_tinylora_factors.<module>.left` and `.right`, of modules whose singular vectors another machine could turn.
-FACTORS = "trl_tinylora_factors"
-SIDES = ("left", "right")
+FACTORS = "trl_tinylora_factors."
+SIDES = (".left", ".right")
 # Radians: the effect of an adapter is right to about this share of itself where its factors are computed again.
 MAX_UNCERTAINTY = 0.02
 
@@ -36,6 +39,46 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
     return found.hexdigest()[:16]
 
 
+def own_tensors(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns what of a checkpoint is this package's, under [`VALUES`] and names that begin with [`FACTORS`].
+
+    Args:
+        state_dict (`Mapping[str, torch.Tensor]`): What a checkpoint holds, by name.
+
+    Returns:
+        `dict[str, torch.Tensor]`
+    """
+    named = {name.removeprefix(PREFIX): tensor for name, tensor in state_dict.items()}
+    return {name: tensor for name, tensor in named.items() if name == VALUES or name.startswith(FACTORS)}
+
+
+def stored_factors(own: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Returns the factors that a checkpoint holds, U S and V^T by module.
+
+    Args:
+        own (`Mapping[str, torch.Tensor]`): As [`own_tensors`] returns.
+
+    Returns:
+        `dict[str, tuple[torch.Tensor, torch.Tensor]]`
+    """
+    left, right = SIDES
+    modules = [name.removeprefix(FACTORS).removesuffix(left) for name in own if name.endswith(left)]
+    return {name: (own[FACTORS + name + left], own[FACTORS + name + right]) for name in modules}
+
+
+def same_factor(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Returns whether two computations of a factor agree to what float32 gives.
+
+    Args:
+        first (`torch.Tensor`): U S or V^T.
+        second (`torch.Tensor`): The same of another computation, of the same shape.
+
+    Returns:
+        `bool`
+    """
+    return bool(torch.linalg.vector_norm(first - second) <= 1e-4 * torch.linalg.vector_norm(second))
+
+
 def refuse_unfit_values(tensors: Mapping[str, torch.Tensor]) -> None:
     """
     Raises where tensors are not those of a TinyLoRA adapter.
@@ -46,8 +89,7 @@ def refuse_unfit_values(tensors: Mapping[str, torch.Tensor]) -> None:
     Raises:
         ValueError: If the values are missing or not finite.
     """
-    values = tensors.get(VALUES)
-    if values is None:
+    if VALUES not in tensors:
         raise ValueError(
             f"this is no TinyLoRA checkpoint: it lacks {VALUES!r} and holds {sorted(tensors)[:3]}. Load an adapter "
             "that was saved with `peft_type` TRL_TINYLORA."
@@ -104,8 +146,9 @@ def read_folder(folder: str | os.PathLike, expected_digest: str | None = None) -
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            own = [name for name in file.keys() if name.startswith((VALUES, FACTORS))]
-            tensors = {name: file.get_tensor(name) for name in own or list(file.keys())[:3]}
+            names = list(file.keys())
+            own = {name for name in names if name.removeprefix(PREFIX).startswith((VALUES, FACTORS))}
+            tensors = {name.removeprefix(PREFIX): file.get_tensor(name) for name in own or names[:3]}
     except SafetensorError as error:
         raise ValueError(
             f"{path} is no complete safetensors file ({error}; {os.path.getsize(path)} bytes). It was truncated or "
@@ -115,7 +158,7 @@ def read_folder(folder: str | os.PathLike, expected_digest: str | None = None) -
     if expected_digest is not None and digest(tensors) != expected_digest:
         raise ValueError(
             f"{path} is not what was saved: its digest is {digest(tensors)}, adapter_config.json says "
-            f"{expected_digest}. Copy the folder again; where the values were changed on purpose, remove `checkpoint_digest` from "
-            "adapter_config.json."
+            f"{expected_digest}. Copy the folder again; where the values were changed on purpose, remove "
+            "`checkpoint_digest` from adapter_config.json."
         )
     return tensors

@@ -87,9 +87,10 @@ def export_lora(
     base = model.get_base_model()
     factors, is_conv1d = {}, False
     for name, layer in base.named_modules():
-        if isinstance(layer, Linear) and adapter_name in layer.trl_tinylora_place:
-            left_OR, right_RI = layer.factors(config.r)
-            factors[name] = right_RI, left_OR.cpu().double() @ mixing_of(model, layer, adapter_name).cpu().double()
+        if isinstance(layer, Linear) and layer.place(adapter_name) is not None:
+            vectors, index = layer.place(adapter_name)
+            left_OR, right_RI = layer.factors_of(vectors.plan)
+            factors[name] = right_RI, left_OR.cpu().double() @ vectors.mixing(index).cpu().double()
             is_conv1d = is_conv1d or isinstance(layer.get_base_layer(), Conv1D)
     write_lora(
         save_directory,
@@ -108,21 +109,6 @@ def export_lora(
         dtype=dtype,
         overwrite=overwrite,
     )
-
-
-def mixing_of(model: PeftModel, layer: Linear, adapter_name: str) -> torch.Tensor:
-    """Returns R of one layer from the present values.
-
-    Args:
-        model (`peft.PeftModel`): The model.
-        layer ([`~layer.Linear`]): One of its adapted layers.
-        adapter_name (`str`): The adapter.
-
-    Returns:
-        `torch.Tensor` of shape `(r, r)`.
-    """
-    index, _ = layer.trl_tinylora_place[adapter_name]
-    return model.base_model.bank.trl_tinylora_v[adapter_name].mixing(index)
 
 
 def read_config(folder: Path) -> dict:

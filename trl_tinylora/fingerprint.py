@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +26,8 @@ FEWEST_NUMBERS = 64
 TOLERANCE = 2.2 * BFLOAT16_ROUNDING
 SINGLE_TOLERANCE = 6 * BFLOAT16_ROUNDING
 UNRELATED = 0.3
+# Below this, which float32 sums in another order make, the weights are the same bits.
+SAME_BITS = 1e-6
 
 
 class Probe(NamedTuple):
@@ -41,6 +43,19 @@ class Probe(NamedTuple):
     shape: tuple[int, int]
     scale: float
     values: tuple[float, ...]
+
+
+class Measured(NamedTuple):
+    """
+    What else is known of an adapted weight once its factors are.
+
+    Args:
+        probe ([`Probe`]): Its part in a fingerprint.
+        uncertainty (`float`): As of [`~trl_tinylora.decomposition.Factors`].
+    """
+
+    probe: Probe
+    uncertainty: float
 
 
 def probes_needed(modules: int) -> int:
@@ -79,40 +94,42 @@ def take_probe(name: str, weight_OI: torch.Tensor, count: int) -> Probe:
     return Probe((out_features, in_features), scale, tuple(values.tolist()))
 
 
-def fingerprint(names: Sequence[str], probes: Sequence[Probe]) -> dict:
+def fingerprint(probes: Mapping[str, Probe]) -> dict:
     """
     Returns what an adapter keeps of its base, for `adapter_config.json`.
 
     Args:
-        names (`Sequence[str]`): Names of the adapted modules in depth order.
-        probes (`Sequence[Probe]`): Their probes.
+        probes (`Mapping[str, Probe]`): Of each adapted module, by name, in depth order.
 
     Returns:
         `dict`: `modules`, their number; `names`, a digest of their names and shapes in order; `probes`, base64 of
         float32 numbers, little endian, an equal number for each module.
     """
-    listed = "\n".join(f"{name} {probe.shape}" for name, probe in zip(names, probes, strict=True))
-    kept = np.array([probe.values[: probes_needed(len(names))] for probe in probes], dtype="<f4")
+    listed = "\n".join(f"{name} {probe.shape}" for name, probe in probes.items())
+    kept = np.array([probe.values[: probes_needed(len(probes))] for probe in probes.values()], dtype="<f4")
     return {
-        "modules": len(names),
+        "modules": len(probes),
         "names": hashlib.sha256(listed.encode()).hexdigest()[:16],
         "probes": base64.b64encode(kept.tobytes()).decode(),
     }
 
 
-def refuse_another_base(expected: dict, names: Sequence[str], probes: Sequence[Probe]) -> None:
+def refuse_another_base(expected: Mapping, probes: Mapping[str, Probe]) -> float:
     """
-    Raises unless the base is the one that an adapter was trained on, up to a change of dtype.
+    Returns by how much the base differs from the one that an adapter was trained on, and raises if that is more
+    than a change of dtype.
 
     Args:
-        expected (`dict`): The adapter's [`fingerprint`].
-        names (`Sequence[str]`): Names of the modules that it would adapt here.
-        probes (`Sequence[Probe]`): Their probes.
+        expected (`Mapping`): The adapter's [`fingerprint`].
+        probes (`Mapping[str, Probe]`): Of each module that it would adapt here, by name, in depth order.
+
+    Returns:
+        `float`: Root mean square change of the probes, in units of the weights' size.
 
     Raises:
         ValueError: If the base differs; the message says in what.
     """
-    found = fingerprint(names, probes)
+    found, names = fingerprint(probes), list(probes)
     if found["modules"] != expected["modules"]:
         raise ValueError(
             f"it was trained on {expected['modules']} modules, and its configuration matches {found['modules']} here: "
@@ -121,19 +138,19 @@ def refuse_another_base(expected: dict, names: Sequence[str], probes: Sequence[P
     if found["names"] != expected["names"]:
         raise ValueError(
             f"the {len(names)} modules have other names, another order or other shapes than those it was trained on; "
-            f"here they run from {names[0]} {probes[0].shape} to {names[-1]} {probes[-1].shape}"
+            f"here they run from {names[0]} {probes[names[0]].shape} to {names[-1]} {probes[names[-1]].shape}"
         )
     there = np.frombuffer(base64.b64decode(expected["probes"]), dtype="<f4").reshape(len(names), -1)
-    here = np.array([probe.values[: there.shape[1]] for probe in probes])
-    scale = np.array([[max(probe.scale, np.finfo(np.float32).tiny)] for probe in probes])
+    here = np.array([probe.values[: there.shape[1]] for probe in probes.values()])
+    scale = np.array([[max(probe.scale, np.finfo(np.float32).tiny)] for probe in probes.values()])
     moved = np.abs(here - there) / scale
     overall, single = float(np.sqrt((moved**2).mean())), moved.max(axis=1)
     if overall <= TOLERANCE and single.max() <= SINGLE_TOLERANCE:
-        return
+        return overall
     other = [name for name, most in zip(names, single, strict=True) if most > SINGLE_TOLERANCE] or list(names)
     kind = "other weights" if overall > UNRELATED else "a quantised, fine-tuned, merged or revised variant of its base"
     raise ValueError(
         f"the weights of {len(other)} of {len(names)} modules differ, the first {other[0]}: by {overall:.1e} of their "
-        f"size overall and {single.max():.1e} at most, where rounding to bfloat16 makes {BFLOAT16_ROUNDING:.1e}. That is "
-        f"{kind}"
+        f"size overall and {single.max():.1e} at most, where rounding to bfloat16 makes {BFLOAT16_ROUNDING:.1e}. That "
+        f"is {kind}"
     )

@@ -497,19 +497,12 @@ def test_what_is_pushed_to_the_hub_is_what_was_saved(saved, base_folder, monkeyp
     assert set(uploaded) == {"adapter_model.safetensors", "adapter_config.json", "README.md"}
 
 
-# transformers looks for values under their parameter's name without the adapter's, and the checkpoint has another key:
-# it reports that, and goes on with the base model.
-_BY_NAME = pytest.mark.xfail(reason="the checkpoint's key is not the parameter's name without the adapter's")
-
-
-@_BY_NAME
 def test_transformers_loads_a_saved_adapter_by_its_folder(saved):
     folder, ids, expected = saved
 
     assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(folder), ids), expected)
 
 
-@_BY_NAME
 def test_a_pipeline_loads_a_saved_adapter_by_its_folder(saved):
     folder, ids, expected = saved
 

@@ -20,6 +20,7 @@ from trl_tinylora.fingerprint import fingerprint, probes_needed, refuse_another_
 
 
 WEIGHTS = "adapter_model.safetensors"
+KEY = "base_model.model.tinylora_bank.trl_tinylora_v.lora_magnitude_vector"
 
 
 def values_of(model):
@@ -224,12 +225,12 @@ def test_8_bits_are_told_from_bfloat16_every_time(modules, shape):
         weights = {f"layer.{i}": torch.randn(*shape, generator=generator) for i in range(modules)}
 
         def probes(how, weights=weights):
-            return [take_probe(name, how(weight), probes_needed(modules)) for name, weight in weights.items()]
+            return {name: take_probe(name, how(weight), probes_needed(modules)) for name, weight in weights.items()}
 
-        expected = fingerprint(list(weights), probes(lambda weight: weight))
-        refuse_another_base(expected, list(weights), probes(lambda weight: weight.bfloat16()))
+        expected = fingerprint(probes(lambda weight: weight))
+        refuse_another_base(expected, probes(lambda weight: weight.bfloat16()))
         with pytest.raises(ValueError, match="differ"):
-            refuse_another_base(expected, list(weights), probes(lambda weight: quantised(weight, 127)))
+            refuse_another_base(expected, probes(lambda weight: quantised(weight, 127)))
 
 
 def test_a_probe_is_a_bilinear_form_of_signs_whatever_its_dtype():
@@ -300,7 +301,7 @@ def test_a_damaged_file_is_refused_before_the_model_is_touched(tiny_qwen2, saved
     ],
 )
 def test_values_that_do_not_fit_are_refused_before_the_model_is_touched(tiny_qwen2, saved, tensor, message):
-    save_file({"trl_tinylora_v": tensor}, saved / WEIGHTS)
+    save_file({KEY: tensor}, saved / WEIGHTS)
     config = json.loads((saved / "adapter_config.json").read_text())
     (saved / "adapter_config.json").write_text(json.dumps({**config, "checkpoint_digest": None}))
     base = tiny_qwen2()
@@ -317,7 +318,7 @@ def test_a_pickle_is_not_read(tiny_qwen2, saved):
         def __reduce__(self):
             return os.system, ("touch " + str(saved / "ran"),)
 
-    torch.save({"trl_tinylora_v": Trap()}, saved / "adapter_model.bin")
+    torch.save({KEY: Trap()}, saved / "adapter_model.bin")
     with pytest.raises(ValueError, match="is a pickle, which can run code"):
         PeftModel.from_pretrained(tiny_qwen2(), saved)
     assert not (saved / "ran").exists()
@@ -374,3 +375,100 @@ def test_the_uncertainty_is_about_what_rounding_to_bfloat16_turns(gap):
         cosine = (exact.right_RI[0] @ rounded.right_RI[0].double()).clamp(-1, 1)
         turned.append(torch.arccos(cosine).item())
     assert 0.1 * np.mean(promised) < np.mean(turned) < 3 * np.mean(promised)
+
+
+# Modules whose factors are stored
+
+
+TURNED = "model.layers.0.mlp.up_proj"
+
+
+def degenerate(model):
+    """The model with two equal singular values in one module."""
+    with torch.no_grad():
+        weight = model.get_submodule(TURNED).weight
+        weight.copy_(matrix([4.0, 4.0, *[0.5] * 20], *weight.shape))
+    return model
+
+
+@pytest.fixture
+def turned(tiny_qwen2, tmp_path, token_ids, monkeypatch):
+    """An adapter that was saved where the SVD gave another basis; its folder and its logits."""
+    import trl_tinylora.cache
+
+    def elsewhere(weight, rank):
+        left, right, uncertainty = truncated_svd(weight, rank)
+        if uncertainty < 1:
+            return left, right, uncertainty
+        sigma = torch.linalg.vector_norm(left, dim=0)
+        angle = torch.tensor(0.7)
+        turn = torch.stack([torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])])
+        return left / sigma @ turn * sigma, turn.T @ right, uncertainty
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trl_tinylora.cache, "truncated_svd", elsewhere)
+        model = adapted(degenerate(tiny_qwen2()), n_tie=4, u=3)
+    expected = logits(model, token_ids)
+    model.save_pretrained(tmp_path / "turned")
+    return tmp_path / "turned", expected
+
+
+def test_a_module_without_a_unique_basis_keeps_the_one_it_was_trained_with(tiny_qwen2, token_ids, turned):
+    folder, expected = turned
+    stored = [name for name in load_file(folder / WEIGHTS) if "factors" in name]
+    assert f"trl_tinylora_factors.{TURNED}.left" in stored and len(stored) < 2 * 14
+    loaded = PeftModel.from_pretrained(degenerate(tiny_qwen2()), folder)
+    torch.testing.assert_close(logits(loaded, token_ids), expected, rtol=0, atol=2e-5)
+
+    # Control: computed again, the basis is another one.
+    again = adapted(degenerate(tiny_qwen2()), n_tie=4, u=3)
+    assert (logits(again, token_ids) - expected).abs().max() > 1e-2
+
+
+def test_stored_factors_are_one_adapters_own(tiny_qwen2, token_ids, turned):
+    folder, expected = turned
+    model = adapted(degenerate(tiny_qwen2()), n_tie=4, u=3)
+    before = logits(model, token_ids)
+    model.load_adapter(folder, "turned")
+    torch.testing.assert_close(logits(model, token_ids), before, rtol=0, atol=0)
+
+    rows = token_ids.repeat(2, 1)[:3]
+    with torch.no_grad():
+        mixed = model(input_ids=rows, adapter_names=["turned", "default", "__base__"]).logits
+    for row, name in enumerate(["turned", "default"]):
+        model.set_adapter(name)
+        torch.testing.assert_close(mixed[row], logits(model, rows)[row], rtol=0, atol=2e-5)
+    model.set_adapter("turned")
+    torch.testing.assert_close(logits(model, token_ids), expected, rtol=0, atol=2e-5)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model, token_ids), expected, rtol=0, atol=2e-5)
+    model.unmerge_adapter()
+    with pytest.raises(ValueError, match="singular vectors that came with a checkpoint"):
+        model.base_model.distance("turned", "default")
+
+    # What is saved again is what was loaded.
+    model.save_pretrained(folder / "again", selected_adapters=["turned"])
+    first, second = load_file(folder / WEIGHTS), load_file(folder / "again" / "turned" / WEIGHTS)
+    assert list(first) == list(second)
+    for name in first:
+        torch.testing.assert_close(second[name], first[name], rtol=0, atol=1e-5)
+
+
+def test_another_dtype_of_the_base_changes_an_adapters_effect_by_little(tiny_qwen2, token_ids, tmp_path):
+    model = adapted(tiny_qwen2(), n_tie=4, u=3)
+    model.save_pretrained(tmp_path)
+    rounded = PeftModel.from_pretrained(tiny_qwen2().bfloat16().float(), tmp_path)
+    for name, layer in model.named_modules():
+        if hasattr(layer, "get_delta_weight"):
+            exact = layer.get_delta_weight("default")
+            other = rounded.get_submodule(name).get_delta_weight("default")
+            # An uncertainty of 0.02 at most in each of two vectors on either side.
+            assert torch.linalg.matrix_norm(other - exact) <= 0.1 * torch.linalg.matrix_norm(exact)
+
+
+def test_a_loader_that_leaves_uncertain_factors_unread_is_refused(tiny_qwen2, turned):
+    # transformers' own, which reads the configuration by itself.
+    config = PeftConfig.from_pretrained(turned[0])
+    assert config._stored_shape is None
+    with pytest.raises(NotImplementedError, match="holds the singular vectors of .*PeftModel.from_pretrained"):
+        degenerate(tiny_qwen2()).add_adapter(config, "default")
