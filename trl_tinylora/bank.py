@@ -9,11 +9,15 @@ one place:
 * in each layer, a small Function ([`MixingStep`]) adds the gradient of its R to a side buffer;
 * at that first place a Function ([`GradientSink`]) hands the hidden states on unchanged. Its backward runs when those
   of all layers behind it have run: it turns the buffer into the gradient of v.
+
+Adapters that differ in their values alone share one [`Plan`]. A batch whose rows have adapters of their own needs no
+sink: R of every row and module ([`Rows`]) is computed before the pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Optional
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -30,49 +34,156 @@ class TinyLoraLayer(BaseTunerLayer):
     """What PEFT finds by type when it switches, deletes or merges adapters: the bank and the adapted layers."""
 
 
-class Vectors(nn.Module):
+class Plan:
     """
-    The trained values of one adapter, with what turns them into every module's R.
+    Everything that adapters have in common which differ in their values alone: modules, rank, groups and projections.
+
+    A model keeps one plan for all such adapters, so that another one costs its values and a few references to it.
 
     Args:
-        config ([`TinyLoraConfig`]): The adapter's configuration.
+        config ([`TinyLoraConfig`]): The configuration of one of the adapters.
         names (`list[str]`): Names of the adapted modules in depth order.
         first_block (`str`): Name of the block whose input they all depend on.
         device (`torch.device`): Where the values live.
     """
 
+    FIELDS = ("r", "u", "n_tie", "tying", "projection", "projection_seed")
+
     def __init__(self, config: TinyLoraConfig, names: list[str], first_block: str, device: torch.device):
-        super().__init__()
+        self.fields = self.fields_of(config)
+        self.rank = config.r
+        self.shape = (count_groups(names, config.n_tie, config.tying), config.u)
         self.first_block = first_block
-        self.shape = shape = (count_groups(names, config.n_tie, config.tying), config.u)
-        # TRL casts every trainable parameter of a quantised model to bfloat16, where small updates stall, unless its
-        # name holds this token (trl v1.16.0, trl/trainer/grpo_trainer.py:536-541).
-        self.lora_magnitude_vector = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device))
+        # Position of each module among the adapted ones.
+        self.index = {name: index for index, name in enumerate(names)}
+        # Configurations that name these modules, what PEFT makes of them, and the adapters that follow the plan.
+        self.targets: set[tuple] = set()
+        self.target_modules = config.target_modules
+        self.adapters: set[str] = set()
         if config.projection == "basis":
             projections = basis_projections(config.u, config.r).expand(len(names), -1, -1, -1)
         else:
             projections = torch.stack(
                 [gaussian_projections(name, config.u, config.r, config.projection_seed) for name in names]
             )
-        groups = torch.tensor(assign_groups(names, config.n_tie, config.tying))
         # No buffers, for the reason given in the layers.
         self.projections_MKRR = projections.to(device)
-        self.groups_M = groups.to(device)
+        self.groups_M = torch.tensor(assign_groups(names, config.n_tie, config.tying)).to(device)
+
+    @classmethod
+    def fields_of(cls, config: TinyLoraConfig) -> dict:
+        """Returns what a configuration says of its plan, apart from the modules.
+
+        Args:
+            config ([`TinyLoraConfig`]): Any adapter's.
+
+        Returns:
+            `dict`
+        """
+        return {field: getattr(config, field) for field in cls.FIELDS}
+
+    @staticmethod
+    def targets_of(config: TinyLoraConfig) -> tuple:
+        """Returns how a configuration names its modules, as something to look up.
+
+        Args:
+            config ([`TinyLoraConfig`]): Any adapter's.
+
+        Returns:
+            `tuple`
+        """
+        asked_for = config.target_modules, config.exclude_modules, config.layers_to_transform, config.layers_pattern
+        return tuple(
+            frozenset(value) if isinstance(value, set) else tuple(value) if isinstance(value, list) else value
+            for value in asked_for
+        )
+
+    def differences(self, other: Plan) -> list[str]:
+        """Returns what sets two plans apart, a phrase for each field.
+
+        Args:
+            other ([`Plan`]): Another plan.
+
+        Returns:
+            `list[str]`: Empty where the values of one may stand in for those of the other.
+        """
+        phrases = [
+            f"{field} ({value!r} and {other.fields[field]!r})"
+            for field, value in self.fields.items()
+            if value != other.fields[field]
+        ]
+        if list(self.index) != list(other.index):
+            phrases.append(f"the adapted modules ({len(self.index)} and {len(other.index)} of them)")
+        return phrases
+
+    def frozen(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the group and the projections of each module, as [`mix`] and [`unmix`] take them.
+
+        Args:
+            device (`torch.device`): Where an adapter's values live.
+            dtype (`torch.dtype`): What is computed in.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]` of shapes `(modules,)` and `(modules, u, r, r)`.
+        """
+        return self.groups_M.to(device), self.projections_MKRR.to(device, dtype)
+
+    def apply(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Takes the frozen tensors to another device or dtype.
+
+        Args:
+            fn (`Callable`): What `torch.nn.Module` applies to its tensors.
+        """
+        self.groups_M, self.projections_MKRR = fn(self.groups_M), fn(self.projections_MKRR)
+
+
+class Vectors(nn.Module):
+    """
+    The trained values of one adapter, with what turns them into every module's R.
+
+    Args:
+        plan ([`Plan`]): What the adapter shares with others.
+        device (`torch.device`): Where the values live; on the meta device they are left open.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device):
+        super().__init__()
+        self.plan = plan
+        # TRL casts every trainable parameter of a quantised model to bfloat16, where small updates stall, unless its
+        # name holds this token (trl v1.16.0, trl/trainer/grpo_trainer.py:536-541).
+        self.lora_magnitude_vector = nn.Parameter(
+            torch.zeros(plan.shape, dtype=torch.float32, device=device), requires_grad=False
+        )
         self.mixing_MRR = None
         self.grad_MRR = None
         self.computed_from = None
         self.is_trained = False
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the whole values, (groups, u)."""
+        return self.plan.shape
+
+    @property
     def values_GK(self) -> torch.Tensor:
         """v, shape (groups, u), dtype float32; under ZeRO-3 and FSDP2 this process's share of it between passes."""
         return self.lora_magnitude_vector
+
+    def set_trained(self, is_trained: bool) -> None:
+        """Sets whether the values are trained.
+
+        Args:
+            is_trained (`bool`): Whether they are.
+        """
+        self.is_trained = is_trained
+        if self.values_GK.requires_grad != is_trained:
+            self.values_GK.requires_grad_(is_trained)
 
     def refresh(self) -> None:
         """Computes every module's R from the present values, without a graph."""
         with torch.no_grad(), torch.autocast(self.values_GK.device.type, enabled=False):
             dtype = torch.promote_types(self.values_GK.dtype, torch.float32)
-            self.mixing_MRR = mix(self.values_GK.to(dtype), self.groups_M, self.projections_MKRR.to(dtype))
+            self.mixing_MRR = mix(self.values_GK.to(dtype), *self.plan.frozen(self.values_GK.device, dtype))
         self.computed_from = self._state_of_values()
 
     @torch.no_grad()
@@ -87,9 +198,15 @@ class Vectors(nn.Module):
         """
         dtype = torch.promote_types(self.values_GK.dtype, torch.float32)
         one = slice(index, index + 1)
+        values_GK = self.whole_values().to(dtype)
+        groups_M, projections_MKRR = self.plan.frozen(values_GK.device, dtype)
+        return mix(values_GK, groups_M[one], projections_MKRR[one])[0]
+
+    @torch.no_grad()
+    def whole_values(self) -> torch.Tensor:
+        """Returns a copy of v, gathered from all processes where it is spread: shape (groups, u)."""
         with gathered([self.values_GK]):
-            values_GK = whole(self.values_GK).to(dtype)
-            return mix(values_GK, self.groups_M[one], self.projections_MKRR[one].to(dtype))[0]
+            return whole(self.values_GK).clone()
 
     def current_mixing(self, index: int) -> torch.Tensor:
         """Returns R of one module as of the forward pass under way.
@@ -144,7 +261,8 @@ class Vectors(nn.Module):
         """Returns the gradient of the values from what the layers' backward passes left, and empties the buffer."""
         if self.grad_MRR is None:
             return torch.zeros(self.shape, dtype=self.values_GK.dtype, device=self.values_GK.device)
-        grad = unmix(self.grad_MRR, self.groups_M, self.projections_MKRR.to(self.grad_MRR.dtype), self.shape[0])
+        groups_M, projections_MKRR = self.plan.frozen(self.grad_MRR.device, self.grad_MRR.dtype)
+        grad = unmix(self.grad_MRR, groups_M, projections_MKRR, self.shape[0])
         self.grad_MRR = None
         return grad.to(self.values_GK.dtype)
 
@@ -155,7 +273,6 @@ class Vectors(nn.Module):
     def _apply(self, fn, recurse=True):
         # The side buffers follow the module to another device or dtype by being made anew there.
         self.mixing_MRR = self.grad_MRR = self.computed_from = None
-        self.projections_MKRR, self.groups_M = fn(self.projections_MKRR), fn(self.groups_M)
         return super()._apply(fn, recurse)
 
 
@@ -190,11 +307,75 @@ class MixingStep(torch.autograd.Function):
         return (grad_R @ ctx.mixing_RR if ctx.needs_input_grad[0] else None), None, None, None
 
 
+class Rows:
+    """
+    R of every module for each row of a batch whose rows have adapters of their own.
+
+    Rows are told apart by their r x r matrices alone, so that adapters of one rank go through the same products however
+    many there are, whatever their groups; a row without an adapter, or with one that leaves a module out, has R = 0.
+
+    Args:
+        adapters (`list[Vectors | None]`): The adapter of each row.
+    """
+
+    @torch.no_grad()
+    def __init__(self, adapters: list[Optional[Vectors]]):
+        self.n_rows = len(adapters)
+        # For each module and rank, shape (rows, r, r).
+        self.mixing_BRR: dict[str, dict[int, torch.Tensor]] = {}
+        plans = list(dict.fromkeys(vectors.plan for vectors in adapters if vectors is not None))
+        for rank in sorted({plan.rank for plan in plans}):
+            of_rank = [plan for plan in plans if plan.rank == rank]
+            index = {name: i for i, name in enumerate(dict.fromkeys(name for plan in of_rank for name in plan.index))}
+            parts = [self._part(plan, adapters) for plan in of_rank]
+            total_MBRR = parts[0][1].new_zeros(len(index), self.n_rows, rank, rank)
+            for plan, (rows, mixing_MBRR) in zip(of_rank, parts, strict=True):
+                modules_M = torch.tensor([index[name] for name in plan.index], device=total_MBRR.device)
+                rows_B = torch.tensor(rows, device=total_MBRR.device)
+                total_MBRR[modules_M[:, None], rows_B] = mixing_MBRR.to(total_MBRR.device)
+            for name, mixing_BRR in zip(index, total_MBRR, strict=True):
+                self.mixing_BRR.setdefault(name, {})[rank] = mixing_BRR
+
+    @staticmethod
+    def _part(plan: Plan, adapters: list[Optional[Vectors]]) -> tuple[list[int], torch.Tensor]:
+        rows = [row for row, vectors in enumerate(adapters) if vectors is not None and vectors.plan is plan]
+        # Each adapter once, however many rows it has.
+        users = {vectors: i for i, vectors in enumerate(dict.fromkeys(adapters[row] for row in rows))}
+        values_NGK = torch.stack([vectors.values_GK for vectors in users])
+        values_NGK = values_NGK.to(torch.promote_types(values_NGK.dtype, torch.float32))
+        with torch.autocast(values_NGK.device.type, enabled=False):
+            groups_M, projections_MKRR = plan.frozen(values_NGK.device, values_NGK.dtype)
+            mixing_MNRR = torch.vmap(mix, in_dims=(0, None, None), out_dims=1)(values_NGK, groups_M, projections_MKRR)
+        which = torch.tensor([users[adapters[row]] for row in rows], device=values_NGK.device)
+        return rows, mixing_MNRR[:, which]
+
+    def of(self, module: str, x: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Returns R of each row for one module, at each rank that a row of the batch has.
+
+        Args:
+            module (`str`): Name of the module.
+            x (`torch.Tensor`): The module's input, whose first dimension counts the rows.
+
+        Returns:
+            `dict[int, torch.Tensor]`: For each rank a tensor of shape `(rows, r, r)`.
+
+        Raises:
+            ValueError: If the batch has another number of rows.
+        """
+        if len(x) != self.n_rows:
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{self.n_rows} and {len(x)} respectively."
+            )
+        return self.mixing_BRR.get(module, {})
+
+
 class TinyLoraBank(nn.Module, TinyLoraLayer):
     """
-    Holds the vectors of every adapter on a model, registered once.
+    Holds the vectors of every adapter on a model, registered once, and the plans that they follow.
 
-    To PEFT it is one more adapter layer, so that switching, freezing, deleting and saving adapters are PEFT's own.
+    To PEFT it is one more adapter layer, so that switching, freezing, deleting and saving adapters are PEFT's own. The
+    adapted layers hold nothing of an adapter: what is active and which modules an adapter has they ask of the bank.
     """
 
     adapter_layer_names = ("trl_tinylora_v",)
@@ -203,6 +384,26 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
         super().__init__()
         self.trl_tinylora_v = nn.ModuleDict()
         self.merged_adapters = []
+        self.plans: list[Plan] = []
+        # Set while a batch is under way whose rows have adapters of their own.
+        self.rows: Optional[Rows] = None
+
+    def find_plan(self, config: TinyLoraConfig, names: Optional[list[str]] = None) -> Optional[Plan]:
+        """Returns the plan that an adapter would follow, or None where no adapter follows it yet.
+
+        Args:
+            config ([`TinyLoraConfig`]): The adapter's configuration.
+            names (`list[str]`, *optional*): Names of its modules in depth order, where they are known; otherwise an
+                adapter is sought whose configuration named them in the same words.
+
+        Returns:
+            [`Plan`] or `None`
+        """
+        fields, targets = Plan.fields_of(config), Plan.targets_of(config)
+        for plan in self.plans:
+            if plan.fields == fields and (targets in plan.targets if names is None else list(plan.index) == names):
+                return plan
+        return None
 
     def add(self, adapter_name: str, vectors: Vectors) -> None:
         """Takes in an adapter's vectors.
@@ -212,6 +413,31 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
             vectors ([`Vectors`]): Its values.
         """
         self.trl_tinylora_v[adapter_name] = vectors
+        vectors.plan.adapters.add(adapter_name)
+        if vectors.plan not in self.plans:
+            self.plans.append(vectors.plan)
+
+    def vectors(self, adapter_name: str) -> Optional[Vectors]:
+        """Returns an adapter's vectors, or None where there is no such adapter.
+
+        Args:
+            adapter_name (`str`): Its name.
+
+        Returns:
+            [`Vectors`] or `None`
+        """
+        return self.trl_tinylora_v[adapter_name] if adapter_name in self.trl_tinylora_v else None
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter, and its plan where no other one follows it; one that is not there is none to delete.
+
+        Args:
+            adapter_name (`str`): Its name.
+        """
+        super().delete_adapter(adapter_name)
+        for plan in self.plans:
+            plan.adapters.discard(adapter_name)
+        self.plans = [plan for plan in self.plans if plan.adapters]
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Makes adapters the active ones, trained unless `inference_mode`.
@@ -220,8 +446,11 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
             adapter_names (`str` or `list[str]`): Their names.
             inference_mode (`bool`, *optional*, defaults to `False`): Whether they are frozen.
         """
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self._note_what_is_trained()
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        # One cheap look at each: there may be thousands.
+        for name, vectors in self.trl_tinylora_v.items():
+            vectors.set_trained(name in names and not inference_mode)
+        self._active_adapter = names
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Sets whether adapters are trained.
@@ -230,12 +459,10 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
             adapter_names (`str` or `Sequence[str]`): Their names.
             requires_grad (`bool`, *optional*, defaults to `True`): Whether they are.
         """
-        super().set_requires_grad(adapter_names, requires_grad)
-        self._note_what_is_trained()
-
-    def _note_what_is_trained(self) -> None:
-        for vectors in self.trl_tinylora_v.values():
-            vectors.is_trained = vectors.values_GK.requires_grad
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            vectors = self.vectors(name)
+            if vectors is not None:
+                vectors.set_trained(requires_grad)
 
     def before_first_block(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Forward pre-hook of a first adapted block: R of the active adapters that begin there, and their sinks.
@@ -254,7 +481,7 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
         if self.disable_adapters:
             # The layers unmerge as well when they are called while disabled.
             self.unmerge()
-        if self.disable_adapters or self.merged_adapters:
+        if self.disable_adapters or self.merged_adapters or self.rows is not None:
             return args, kwargs
         if getattr(module, "_is_replica", False):
             raise RuntimeError(
@@ -262,8 +489,8 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
                 "`accelerate launch` (one process per GPU), or let the process see one GPU (CUDA_VISIBLE_DEVICES=0)."
             )
         for name in self.active_adapters:
-            if name in self.trl_tinylora_v and self.trl_tinylora_v[name].first_block == module._trl_tinylora_block:
-                vectors = self.trl_tinylora_v[name]
+            vectors = self.vectors(name)
+            if vectors is not None and vectors.plan.first_block == module._trl_tinylora_block:
                 if is_fsdp(module):
                     # FSDP2 keeps a gathered and a sharded tensor for the values, of which PEFT told one.
                     vectors.values_GK.requires_grad_(vectors.is_trained)
@@ -283,6 +510,11 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
     def unmerge(self) -> None:
         """Notes that the layers were unmerged."""
         self.merged_adapters.clear()
+
+    def _apply(self, fn, recurse=True):
+        for plan in self.plans:
+            plan.apply(fn)
+        return super()._apply(fn, recurse)
 
     @property
     def weight(self) -> None:

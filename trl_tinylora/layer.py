@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Optional
 
 import torch
@@ -19,23 +20,21 @@ class Linear(nn.Module, TinyLoraLayer):
     """
     A frozen linear layer plus `x -> x V R^T (U S)^T`, the transpose of `U S R V^T` (arXiv:2602.04118, section 4).
 
-    The frozen factors are kept once per rank, whatever the number of adapters. The layer holds no parameter: the values
-    are in the bank.
+    The frozen factors are kept once per rank, whatever the number of adapters. The layer holds no parameter and nothing
+    else of an adapter: both are in the bank.
 
     Args:
         base_layer (`torch.nn.Module`): The linear layer, `nn.Linear` or `Conv1D`.
+        name (`str`): Its name in the base model.
         bank ([`TinyLoraBank`]): Holder of the values.
     """
 
-    other_param_names = ("trl_tinylora_place",)
-
-    def __init__(self, base_layer: nn.Module, bank: TinyLoraBank):
+    def __init__(self, base_layer: nn.Module, name: str, bank: TinyLoraBank):
         super().__init__()
         self.base_layer = base_layer
+        self.name = name
         # A tuple, so that the bank does not become a child of every layer.
         self._bank = (bank,)
-        # Position of this module among those of each adapter, and the adapter's rank.
-        self.trl_tinylora_place: dict[str, tuple[int, int]] = {}
         # No buffers: DDP broadcasts those before every forward pass, megabytes beside the 52 bytes of a gradient.
         self._factors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.merged_adapters = []
@@ -53,40 +52,61 @@ class Linear(nn.Module, TinyLoraLayer):
         """
         return self._factors.get(rank)
 
-    def update_layer(
-        self, adapter_name: str, index: int, rank: int, factors: tuple[torch.Tensor, torch.Tensor]
-    ) -> None:
-        """Adds an adapter to this layer.
+    def keep_factors(self, rank: int, factors: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Keeps the factors for adapters of a rank, unless that was done before.
 
         Args:
-            adapter_name (`str`): Its name.
-            index (`int`): Position of this module among the adapter's modules.
-            rank (`int`): Its rank.
+            rank (`int`): The rank.
             factors (`tuple[torch.Tensor, torch.Tensor]`): U S and V^T at that rank.
         """
-        self.trl_tinylora_place[adapter_name] = (index, rank)
         self._factors.setdefault(rank, factors)
 
+    def drop_unused_factors(self) -> None:
+        """Forgets the factors of ranks that no adapter of this module has."""
+        used = {plan.rank for plan in self._bank[0].plans if self.name in plan.index}
+        if not used.issuperset(self._factors):
+            self._factors = {rank: factors for rank, factors in self._factors.items() if rank in used}
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapters, as the bank has them."""
+        return self._bank[0].active_adapter
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Of no effect: PEFT tells the bank as well.
+
+        Args:
+            adapter_names (`str` or `list[str]`): Names of the adapters to make active.
+            inference_mode (`bool`, *optional*, defaults to `False`): Whether they are frozen.
+        """
+
     def delete_adapter(self, adapter_name: str) -> None:
-        """Removes an adapter, and the factors that no other one uses.
+        """Deletes an adapter from the bank, unless that was done before, and the factors that no other one uses.
 
         Args:
             adapter_name (`str`): Its name.
         """
-        super().delete_adapter(adapter_name)
+        # PEFT comes to the layers first, and asks them which adapter is active then.
+        self._bank[0].delete_adapter(adapter_name)
         self.drop_unused_factors()
-
-    def drop_unused_factors(self) -> None:
-        """Forgets the factors of ranks that no adapter has."""
-        used = {rank for _, rank in self.trl_tinylora_place.values()}
-        self._factors = {rank: factors for rank, factors in self._factors.items() if rank in used}
 
     def _apply(self, fn, recurse=True):
         self._factors = {rank: tuple(fn(factor) for factor in factors) for rank, factors in self._factors.items()}
         return super()._apply(fn, recurse)
 
-    def _vectors(self, adapter_name: str) -> Vectors:
-        return self._bank[0].trl_tinylora_v[adapter_name]
+    def place(self, adapter_name: str) -> Optional[tuple[Vectors, int]]:
+        """Returns an adapter's vectors and this module's position in them, or None where it leaves the module out.
+
+        Args:
+            adapter_name (`str`): The adapter.
+
+        Returns:
+            `tuple[Vectors, int]` or `None`
+        """
+        vectors = self._bank[0].vectors(adapter_name)
+        if vectors is None or self.name not in vectors.plan.index:
+            return None
+        return vectors, vectors.plan.index[self.name]
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """Returns the base layer's output plus every active adapter's, in the base layer's dtype.
@@ -97,30 +117,47 @@ class Linear(nn.Module, TinyLoraLayer):
 
         Returns:
             `torch.Tensor` of shape `(..., out_features)`.
+
+        Raises:
+            ValueError: If the rows have adapters of their own and there are more or fewer of them than inputs.
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result
+        rows = self._bank[0].rows
+        if rows is not None:
+            for rank, mixing_BRR in rows.of(self.name, x).items():
+                result = result + self._between_factors(x, rank, mixing_BRR, _mix_each_row).to(result.dtype)
+            return result
         for adapter_name in self.active_adapters:
-            if adapter_name in self.trl_tinylora_place:
+            if self.place(adapter_name) is not None:
                 result = result + self._update(x, adapter_name).to(result.dtype)
         return result
 
     def _update(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        index, rank = self.trl_tinylora_place[adapter_name]
+        vectors, index = self.place(adapter_name)
+
+        def step(hidden_R: torch.Tensor, mixing_RR: torch.Tensor) -> torch.Tensor:
+            if torch.is_grad_enabled() and vectors.values_GK.requires_grad:
+                return MixingStep.apply(hidden_R, mixing_RR, vectors, index)
+            return F.linear(hidden_R, mixing_RR)
+
+        return self._between_factors(x, vectors.plan.rank, vectors.current_mixing(index), step)
+
+    def _between_factors(
+        self,
+        x: torch.Tensor,
+        rank: int,
+        mixing: torch.Tensor,
+        step: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
         left_OR, right_RI = self.factors(rank)
-        vectors = self._vectors(adapter_name)
-        mixing_RR = vectors.current_mixing(index).to(x.device)
         # Only the r x r step is worth float32; the large products run in the activations' own dtype.
         with torch.autocast(x.device.type, enabled=False):
-            hidden_R = F.linear(x, right_RI.to(x.device, x.dtype)).to(torch.promote_types(x.dtype, mixing_RR.dtype))
-            mixing_RR = mixing_RR.to(hidden_R.dtype)
-            if torch.is_grad_enabled() and vectors.values_GK.requires_grad:
-                mixed_R = MixingStep.apply(hidden_R, mixing_RR, vectors, index)
-            else:
-                mixed_R = F.linear(hidden_R, mixing_RR)
+            hidden_R = F.linear(x, right_RI.to(x.device, x.dtype)).to(torch.promote_types(x.dtype, mixing.dtype))
+            mixed_R = step(hidden_R, mixing.to(x.device, hidden_R.dtype))
             return F.linear(mixed_R.to(x.dtype), left_OR.to(x.device, x.dtype))
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
@@ -132,10 +169,10 @@ class Linear(nn.Module, TinyLoraLayer):
         Returns:
             `torch.Tensor` of the base weight's shape and device, dtype float32 (float64 on a float64 base).
         """
-        index, rank = self.trl_tinylora_place[adapter_name]
-        left_OR, right_RI = self.factors(rank)
+        vectors, index = self.place(adapter_name)
+        left_OR, right_RI = self.factors(vectors.plan.rank)
         dtype = torch.promote_types(left_OR.dtype, torch.float32)
-        mixing_RR = self._vectors(adapter_name).mixing(index).to(left_OR.device, dtype)
+        mixing_RR = vectors.mixing(index).to(left_OR.device, dtype)
         delta_OI = delta_weight(left_OR.to(dtype), mixing_RR, right_RI.to(dtype))
         return delta_OI.T if isinstance(self.get_base_layer(), Conv1D) else delta_OI
 
@@ -154,7 +191,7 @@ class Linear(nn.Module, TinyLoraLayer):
             ValueError: If `safe_merge` and the result is not finite; nothing is changed then.
             RuntimeError: If ZeRO-3 has the weight partitioned.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.trl_tinylora_place]
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if self.place(name) is not None]
         if not names:
             return
         weight = self.get_base_layer().weight
@@ -200,3 +237,9 @@ class Linear(nn.Module, TinyLoraLayer):
 
     def __repr__(self) -> str:
         return "trl_tinylora." + super().__repr__()
+
+
+def _mix_each_row(hidden_BR: torch.Tensor, mixing_BRR: torch.Tensor) -> torch.Tensor:
+    # As (rows, tokens, r), whatever stands between the rows and the last dimension.
+    hidden_BTR = hidden_BR.reshape(len(hidden_BR), -1, hidden_BR.shape[-1])
+    return torch.bmm(hidden_BTR, mixing_BRR.mT).reshape(hidden_BR.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import Counter
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from tqdm import tqdm
 
-from .bank import TinyLoraBank, TinyLoraLayer, Vectors
+from .bank import Plan, Rows, TinyLoraBank, TinyLoraLayer, Vectors
 from .config import TinyLoraConfig
 from .decomposition import truncated_svd
 from .distributed import gathered, is_spread, same_on_all, whole
@@ -22,6 +23,8 @@ from .targets import as_OI, resolve_target_modules, unwrap
 
 BANK = "tinylora_bank"
 CHECKPOINT_KEY = "trl_tinylora_v"
+# PEFT's name for a row without an adapter.
+BASE_ROW = "__base__"
 _VALUES_KEY = re.compile(rf"(.*\.)?{BANK}\.trl_tinylora_v\.(?P<adapter>.+)\.lora_magnitude_vector")
 
 
@@ -74,58 +77,136 @@ class TinyLoraModel(BaseTuner):
         config = self.peft_config[adapter_name]
         if not isinstance(config, TinyLoraConfig):
             raise ValueError(f"expected a TinyLoraConfig for {adapter_name!r}, got {type(config).__name__}.")
+        bank: Optional[TinyLoraBank] = getattr(model, BANK, None)
+        plan = None if bank is None else bank.find_plan(config)
+        if plan is not None and not _trains_more_than_values(config):
+            # PEFT's own injection looks at every module and every adapter there is; here nothing is left to wrap.
+            bank.add(adapter_name, Vectors(plan, _device(plan, low_cpu_mem_usage)))
+            config.target_modules = copy.copy(plan.target_modules)
+            return
         names = resolve_target_modules(model, config)
         block_name = first_block(model, names)
         if config.n_tie == "all" or config.n_tie > len(names):
             config.warn_if_redundant(len(names))
         factors = compute_factors(model, names, config.r)
-        vectors = Vectors(config, names, block_name, factors[names[0]][0].device)
-
-        if low_cpu_mem_usage:
-            # Only what the checkpoint brings is left open.
-            vectors.lora_magnitude_vector = nn.Parameter(vectors.values_GK.to("meta"))
-        places = {name: (index, config.r, factors[name]) for index, name in enumerate(names)}
-        self._injection = vectors, places
+        plan = None if bank is None else bank.find_plan(config, names)
+        if plan is None:
+            plan = Plan(config, names, block_name, factors[names[0]][0].device)
+        as_asked_for = Plan.targets_of(config)
+        self._injection = Vectors(plan, _device(plan, low_cpu_mem_usage)), factors
         state = _tree_of(model)
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         except Exception:
             # PEFT looks at `modules_to_save` and `trainable_token_indices` last, when the layers are in place.
-            _restore_tree(model, state, adapter_name)
+            if hasattr(model, BANK):
+                self.bank.delete_adapter(adapter_name)
+            _restore_tree(model, state)
             raise
         finally:
             del self._injection
+        # PEFT has put names in the place of "all-linear".
+        plan.target_modules = copy.copy(config.target_modules)
+        plan.targets |= {as_asked_for, Plan.targets_of(config)}
         _place_hook(model.get_submodule(block_name), block_name, self.bank)
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
-        vectors, places = self._injection
+        vectors, factors = self._injection
         # Not earlier: PEFT freezes the base model on the first injection only, which it tells by adapter layers.
         if not hasattr(self.model, BANK):
             self.model.add_module(BANK, TinyLoraBank())
         if adapter_name not in self.bank.trl_tinylora_v:
             self.bank.add(adapter_name, vectors)
         if not isinstance(target, Linear):
-            layer = Linear(target, self.bank)
+            layer = Linear(target, current_key, self.bank)
             self._replace_module(parent, target_name, layer, target)
             target = layer
-        target.update_layer(adapter_name, *places[current_key])
+        target.keep_factors(vectors.plan.rank, factors[current_key])
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
         # PEFT's own also reassigns the weight of what is unloaded, which a wrapper of trained tokens does not allow.
         setattr(parent, child_name, new_module)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Deletes an adapter, and makes another one active where that was the active one.
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # The values are float32 from the start; PEFT would look for others in every adapter there is.
+        if _trains_more_than_values(self.peft_config[adapter_name]):
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """
+        Adds the weighted sum of adapters, which is exact: `v = sum_i w_i v_i`, and W' is linear in v.
+
+        With weights (1 - t, t) it interpolates. The new adapter is neither active nor trained.
 
         Args:
-            adapter_name (`str`): Its name.
+            adapters (`list[str]`): Names of adapters that differ in their values alone.
+            weights (`list[float]`): A weight for each of them, of either sign.
+            adapter_name (`str`): Name of the new adapter.
+            combination_type (`str`, *optional*, defaults to `"linear"`): As for LoRA, which has other types as well.
+
+        Raises:
+            ValueError: If an adapter does not exist, the name is taken, there is not one weight for each adapter, or
+                the adapters differ in more than their values; the message names the difference.
         """
-        super().delete_adapter(adapter_name)
-        # PEFT takes the choice of the first layer, which need not have another adapter; the bank has them all.
-        if self.active_adapters != self.bank.active_adapters:
-            self.set_adapter(self.bank.active_adapters)
+        if combination_type != "linear":
+            raise ValueError(
+                f"`combination_type` must be 'linear', got {combination_type!r}: a weighted sum of TinyLoRA "
+                "adapters is exact, so that there is nothing to choose."
+            )
+        if adapter_name in self.peft_config:
+            raise ValueError(f"Adapter with name {adapter_name!r} already exists: delete it, or choose another name.")
+        if not adapters or len(weights) != len(adapters):
+            raise ValueError(f"there must be one weight for each adapter, got {len(weights)} for {len(adapters)}.")
+        parts = self._values_of_one_plan(adapters)
+        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapters[0]])
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        total = sum(weight * part for weight, part in zip(weights, parts, strict=True))
+        with torch.no_grad():
+            self.bank.vectors(adapter_name).values_GK.copy_(total)
+
+    def distance(self, first: str, second: str) -> float:
+        """Returns the Euclidean norm of the difference between the values of two adapters.
+
+        Args:
+            first (`str`): Name of an adapter.
+            second (`str`): Name of one that differs from it in its values alone.
+
+        Returns:
+            `float`
+
+        Raises:
+            ValueError: If one does not exist, or they differ in more than their values.
+        """
+        values, others = self._values_of_one_plan([first, second])
+        return torch.linalg.vector_norm(values - others).item()
+
+    def _values_of_one_plan(self, adapters: list[str]) -> list[torch.Tensor]:
+        """The values of adapters in float64, once it is sure that they mean the same."""
+        for name in adapters:
+            if name not in self.peft_config:
+                raise ValueError(f"Adapter {name} does not exist")
+            if _trains_more_than_values(self.peft_config[name]):
+                raise ValueError(
+                    f"{name!r} has trained modules or tokens beside its values, which cannot be added up or compared. "
+                    "Use adapters without `modules_to_save` and `trainable_token_indices`."
+                )
+        vectors = [self.bank.vectors(name) for name in adapters]
+        for name, other in zip(adapters, vectors, strict=True):
+            differences = vectors[0].plan.differences(other.plan)
+            if differences:
+                raise ValueError(
+                    f"the values of {adapters[0]!r} and {name!r} do not mean the same: the adapters differ in "
+                    f"{', '.join(differences)}. Only adapters that agree in these can be added up or compared."
+                )
+        return [other.whole_values().double() for other in vectors]
 
     def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
@@ -136,13 +217,46 @@ class TinyLoraModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
-        # Called by PEFT around every forward and generate; silence here would mean that the argument is ignored.
-        if kwargs.get("adapter_names") is not None:
-            raise NotImplementedError(
-                "`adapter_names` (a different adapter for each row of a batch) is not supported by TinyLoRA yet. "
-                "Choose one with `model.set_adapter(name)`, and run the rows of each adapter as a batch of their own."
+        # Called by PEFT around every forward and generate.
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        self._check_rows(names)
+        num_beams = kwargs.get("num_beams")
+        if isinstance(num_beams, int):
+            # Beam search repeats each row, one beam after another.
+            names = [name for name in names for _ in range(num_beams)]
+        self.bank.rows = Rows([None if name == BASE_ROW else self.bank.vectors(name) for name in names])
+        try:
+            yield
+        finally:
+            self.bank.rows = None
+
+    def _check_rows(self, adapter_names: list[str]) -> None:
+        """What can be told of a batch whose rows have adapters of their own before it is seen."""
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        if self.bank.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        yield
+        names = set(adapter_names) - {BASE_ROW}
+        unknown = [name for name in names if self.bank.vectors(name) is None]
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        # What stands beside the values is the active adapter's in every row.
+        for name in sorted({*names, *self.active_adapters}):
+            if _trains_more_than_values(self.peft_config[name]):
+                raise NotImplementedError(
+                    f"{name!r} has trained modules or tokens beside its values, which cannot differ between the rows "
+                    "of a batch. Leave it out and make another adapter active, or run its rows as a batch of their own."
+                )
+        if any(is_spread(self.bank.vectors(name).values_GK) for name in names):
+            raise NotImplementedError(
+                "`adapter_names` needs the values whole in each process, and ZeRO-3 or FSDP2 has spread them. Load the "
+                "adapters on an ordinary model, or run the rows of each adapter as a batch of their own."
+            )
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -261,13 +375,21 @@ def _tree_of(model: nn.Module) -> tuple[list, list]:
     return modules, [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
 
-def _restore_tree(model: nn.Module, state: tuple[list, list], adapter_name: str) -> None:
+def _trains_more_than_values(config: TinyLoraConfig) -> bool:
+    return bool(config.modules_to_save or config.trainable_token_indices)
+
+
+def _device(plan: Plan, low_cpu_mem_usage: bool) -> torch.device:
+    # Only what the checkpoint brings is left open.
+    return torch.device("meta") if low_cpu_mem_usage else plan.groups_M.device
+
+
+def _restore_tree(model: nn.Module, state: tuple[list, list]) -> None:
     modules, parameters = state
     for module, children in modules:
         module._modules.clear()
         module._modules.update(children)
         if isinstance(module, Linear):
-            module.trl_tinylora_place.pop(adapter_name, None)
             module.drop_unused_factors()
     for parameter, requires_grad in parameters:
         parameter.requires_grad_(requires_grad)

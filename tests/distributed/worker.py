@@ -133,11 +133,10 @@ def plain_autograd():
     """Control: the tied values used in every layer, gradients by autograd alone."""
 
     def update(layer, x, adapter_name):
-        index, rank = layer.trl_tinylora_place[adapter_name]
-        vectors = layer._vectors(adapter_name)
-        left_OR, right_RI = layer.factors(rank)
+        vectors, index = layer.place(adapter_name)
+        left_OR, right_RI = layer.factors(vectors.plan.rank)
         one = slice(index, index + 1)
-        mixing_RR = mix(vectors.values_GK, vectors.groups_M[one], vectors.projections_MKRR[one])[0]
+        mixing_RR = mix(vectors.values_GK, vectors.plan.groups_M[one], vectors.plan.projections_MKRR[one])[0]
         return x @ right_RI.mT @ mixing_RR.mT @ left_OR.mT
 
     stack = contextlib.ExitStack()

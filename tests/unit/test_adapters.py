@@ -217,8 +217,9 @@ def test_two_active_adapters_add_up(tiny_qwen2, token_ids):
     with torch.no_grad():
         for name, layer in model.get_base_model().named_modules():
             if isinstance(layer, Linear):
-                for adapter in layer.trl_tinylora_place:
-                    plain.get_submodule(name).weight.add_(layer.get_delta_weight(adapter))
+                for adapter in ("default", "other"):
+                    if layer.place(adapter) is not None:
+                        plain.get_submodule(name).weight.add_(layer.get_delta_weight(adapter))
 
     # Sums in another order, float64.
     torch.testing.assert_close(logits_of(model, token_ids), logits_of(plain, token_ids), rtol=0, atol=1e-11)
@@ -261,9 +262,9 @@ def test_frozen_tensors_are_no_buffers_and_follow_the_model(tiny_qwen2, token_id
     model = adapted(tiny_qwen2())
     assert [name.removeprefix("base_model.model.") for name, _ in model.named_buffers()] == names
     model = model.double()
-    vectors = model.base_model.bank.trl_tinylora_v["default"]
-    frozen = [vectors.projections_MKRR, *model.get_submodule(QUERY).factors(2)]
-    assert [tensor.dtype for tensor in frozen] == [torch.float64] * 3 and vectors.groups_M.dtype == torch.int64
+    plan = model.base_model.bank.trl_tinylora_v["default"].plan
+    frozen = [plan.projections_MKRR, *model.get_submodule(QUERY).factors(2)]
+    assert [tensor.dtype for tensor in frozen] == [torch.float64] * 3 and plan.groups_M.dtype == torch.int64
     assert logits_of(model, token_ids).dtype == torch.float64
 
 
@@ -855,13 +856,6 @@ def test_an_encoder_decoder_is_refused():
         get_peft_model(model, TinyLoraConfig(target_modules=["q", "v"]))
 
     assert not any(isinstance(module, TinyLoraLayer) for module in model.modules())
-
-
-def test_an_adapter_for_each_row_of_a_batch_is_refused(tiny_qwen2, token_ids):
-    model = two_adapters(tiny_qwen2())
-
-    with pytest.raises(NotImplementedError, match=r"`adapter_names`.*is not supported.*model\.set_adapter\(name\)"):
-        model(input_ids=token_ids, adapter_names=["default", "other"])
 
 
 def test_a_block_without_hidden_states_is_an_error():
