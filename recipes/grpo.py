@@ -8,7 +8,9 @@ Differs from `sft.py` in the trainer, its config, the reward and the columns of 
 
 import trl
 from arguments import AdapterArguments, RecipeArguments, build_peft_config, refuse_miscounted_processes, resume_point
+from provenance import describe_training
 
+from trl_tinylora.card import put_section
 from trl_tinylora.tasks import gsm8k
 
 
@@ -64,6 +66,8 @@ def main(
     )
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
+    if peft_config is not None and trainer.accelerator.is_main_process:
+        put_section(training_args.output_dir, "training", describe_training(trainer, script_args.dataset_name))
     # The first process writes; the others wait, so that none is gone before it has.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.print(f"Saved to {training_args.output_dir}")
@@ -71,4 +75,7 @@ def main(
 
 
 if __name__ == "__main__":
-    main(*trl.TrlParser(ARGUMENTS).parse_args_and_config()).end()
+    trainer = main(*trl.TrlParser(ARGUMENTS).parse_args_and_config())
+    # On a CPU gloo's threads sometimes abort a process whose group was destroyed, after all was saved.
+    if trainer.accelerator.device.type != "cpu":
+        trainer.end()

@@ -9,6 +9,9 @@ one place:
 * in each layer, a small Function ([`MixingStep`]) adds the gradient of its R to a side buffer;
 * at that first place a Function ([`GradientSink`]) hands the hidden states on unchanged. Its backward runs when those
   of all layers behind it have run: it turns the buffer into the gradient of v.
+
+Adapters that differ in their values alone share one [`Plan`]. A batch whose rows have adapters of their own needs no
+sink: R of every row and module ([`Rows`]) is computed before the pass.
 """
 
 from __future__ import annotations

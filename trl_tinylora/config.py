@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, Optional, Union
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
+from .card import describe, put_section
 from .checkpoint import VALUES, read_folder
 from .tying import TYINGS, nearest_budget
 
@@ -159,6 +160,7 @@ class TinyLoraConfig(PeftConfig):
         self.peft_type = TinyLoraPeftType.TRL_TINYLORA
         # Fields as the adapter that is being saved has them: a configuration may serve several models.
         self._of_saved = {}
+        self._saved_values = None
         # Shape of the values in the folder that this configuration was read from.
         self._stored_shape: Optional[tuple[int, ...]] = None
         _check_count("r", self.r)
@@ -299,7 +301,7 @@ class TinyLoraConfig(PeftConfig):
         return super().to_dict() | self._of_saved
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """Writes adapter_config.json, whole or not at all.
+        """Writes adapter_config.json, whole or not at all, and what the adapter is into the folder's model card.
 
         Args:
             save_directory (`str`): The folder.
@@ -312,6 +314,12 @@ class TinyLoraConfig(PeftConfig):
         with tempfile.TemporaryDirectory(dir=save_directory) as beside:
             super().save_pretrained(beside, **kwargs)
             os.replace(os.path.join(beside, CONFIG_NAME), os.path.join(save_directory, CONFIG_NAME))
+        if self._saved_values is not None:
+            put_section(
+                save_directory,
+                "trl_tinylora",
+                describe(self, self._saved_values, self._of_saved["base_fingerprint"]),
+            )
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs) -> dict:

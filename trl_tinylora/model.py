@@ -306,7 +306,10 @@ class TinyLoraModel(BaseTuner):
         for name in vectors.plan.uncertain:
             for side, factor in zip(SIDES, layers[name].factors_of(vectors.plan), strict=True):
                 own[FACTORS + name + side] = factor
-        config._of_saved = {"base_fingerprint": vectors.plan.fingerprint, "checkpoint_digest": digest(own)}
+        fingerprint = vectors.plan.fingerprint
+        config._of_saved = {"base_fingerprint": fingerprint, "checkpoint_digest": digest(own)}
+        # Under ZeRO-3 and FSDP2 the other processes have nothing to save.
+        config._saved_values = own.get(VALUES)
         return found | {name: factor for name, factor in own.items() if name != VALUES}
 
     @classmethod

@@ -95,8 +95,13 @@ def launch_recipe(mode, script, base, data, output_dir, **overrides):
     config.write_text(yaml.safe_dump(keys))
     completed = accelerate_launch(mode, ROOT / "recipes" / script, "--config", config, processes=processes, timeout=600)
     assert completed.returncode == 0, completed.stdout[-6000:]
-    (values,) = load_file(output_dir / "adapter_model.safetensors").values()
-    return values
+    return values_in(output_dir)
+
+
+def values_in(folder):
+    """The values in an adapter's folder."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return next(tensor for name, tensor in tensors.items() if name.endswith("lora_magnitude_vector"))
 
 
 def run_cases(mode, cases, base, rows, folder, timeout=600):

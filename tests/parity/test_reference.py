@@ -191,6 +191,32 @@ def test_gradient_of_v_equals_the_chain_rule(tiny_qwen2, token_ids, fields):
     assert np.abs(expected).min() > 0
 
 
+def test_each_row_of_a_mixed_batch_equals_the_formula(tiny_qwen2):
+    token_ids = torch.randint(3, 64, (len(VARIANTS) + 1, 9), generator=torch.Generator().manual_seed(1))
+    model, expected = None, []
+    for row, (name, fields) in enumerate(VARIANTS.items()):
+        reference = Reference(tiny_qwen2(), **fields)
+        name = name.replace(".", "")
+        if model is None:
+            model = get_peft_model(tiny_qwen2().double(), TinyLoraConfig(**fields), adapter_name=name)
+        else:
+            model.add_adapter(name, TinyLoraConfig(**fields))
+        values = drawn_values((reference.n_groups, reference.u), seed=row)
+        with torch.no_grad():
+            model.base_model.bank.trl_tinylora_v[name].values_GK.copy_(torch.from_numpy(values))
+        plain = reference.put_into(tiny_qwen2().double(), values)
+        expected.append(plain(input_ids=token_ids[row : row + 1]).logits)
+    expected.append(tiny_qwen2().double()(input_ids=token_ids[-1:]).logits)
+
+    mixed = model.eval()(input_ids=token_ids, adapter_names=[*model.peft_config, "__base__"]).logits
+
+    # R is summed in float32, in which the values are kept: 1e-7 of updates of the order of ten, through two layers.
+    torch.testing.assert_close(mixed, torch.cat(expected), rtol=0, atol=1e-4)
+    # Negative control: each row's adapter does something that this tolerance sees.
+    untouched = tiny_qwen2().double()(input_ids=token_ids).logits
+    assert (mixed - untouched).abs().amax(dim=(1, 2))[:-1].min() > 1e-2
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("fields", [{"n_tie": 3, "u": 2}, {"tying": "structured", "n_tie": "all", "u": 2}])
 def test_other_architectures_equal_the_formula(tiny_model, token_ids, kind, fields):

@@ -37,13 +37,18 @@ def load_trained(make_model):
     return load
 
 
+def values_in(path):
+    """The values of each adapter in a file."""
+    return [tensor for name, tensor in load_file(path).items() if name.endswith("lora_magnitude_vector")]
+
+
 def test_a_checkpoint_holds_the_values_and_their_optimizer_state(sft, values):
     trainer = sft(TinyLoraConfig(n_tie=4, u=2), **SAVING)
-    tensors = load_file(folder(trainer, 2) / WEIGHTS)
-    assert [(t.dtype, t.numel() * t.element_size()) for t in tensors.values()] == [(torch.float32, 8 * 4)]
-    assert torch.equal(*tensors.values(), values(trainer.model))
-    # 32 bytes of values behind a header of names.
-    assert (folder(trainer, 2) / WEIGHTS).stat().st_size < 256
+    (saved,) = values_in(folder(trainer, 2) / WEIGHTS)
+    assert (saved.dtype, saved.numel() * saved.element_size()) == (torch.float32, 8 * 4)
+    assert torch.equal(saved, values(trainer.model))
+    # Behind a header of names; one module of this base has singular values too close for a basis to be certain.
+    assert (folder(trainer, 2) / WEIGHTS).stat().st_size < 1024
     assert optimizer_state(folder(trainer, 2))["exp_avg"].shape == (4, 2)
     config = json.loads((folder(trainer, 2) / "adapter_config.json").read_text())
     assert (config["peft_type"], config["n_tie"], config["u"]) == ("TRL_TINYLORA", 4, 2)
@@ -87,7 +92,7 @@ def test_grpo_resumed_half_way_equals_the_uninterrupted_run_with_its_reference(g
 def test_a_checkpoint_with_a_reference_keeps_it_in_a_folder_of_its_own(grpo, values, load_trained, make_model):
     trainer = grpo(model=load_trained(0.2), beta=0.1, **SAVING)
     checkpoint = folder(trainer, 2)
-    (policy,), (reference,) = (load_file(checkpoint / name / WEIGHTS).values() for name in ("", "ref"))
+    (policy,), (reference,) = (values_in(checkpoint / name / WEIGHTS) for name in ("", "ref"))
     assert torch.equal(reference, torch.full((4, 2), 0.2))
     assert torch.equal(policy, values(trainer.model)) and (policy != reference).all()
     loaded = PeftModel.from_pretrained(make_model(), checkpoint)
@@ -111,7 +116,7 @@ def test_load_best_model_at_end_takes_the_best_values(sft, values, logged, great
     losses = logged(trainer, "eval_loss")
     assert losses == sorted(losses, reverse=True) and len(set(losses)) == 4
     assert trainer.state.best_model_checkpoint == str(folder(trainer, best))
-    saved = [next(iter(load_file(folder(trainer, step) / WEIGHTS).values())) for step in range(1, 5)]
+    saved = [values_in(folder(trainer, step) / WEIGHTS)[0] for step in range(1, 5)]
     equal = [step for step in range(1, 5) if torch.equal(values(trainer.model), saved[step - 1])]
     assert equal == [best]
     assert values(trainer.model).dtype == torch.float32
@@ -142,7 +147,8 @@ def test_modules_to_save_are_in_the_checkpoint_and_come_back(sft, values, make_m
     half = sft(TinyLoraConfig(**config), model=base(), max_steps=2, **SAVING)
     resumed = sft(TinyLoraConfig(**config), model=base(), max_steps=4, resume=str(folder(half, 2)), **SAVING)
     saved = load_file(folder(whole, 4) / WEIGHTS)
-    assert sorted(tuple(tensor.shape) for tensor in saved.values()) == [(2, 32), (4, 1), (320, 32)]
+    kept = sorted(tuple(tensor.shape) for name, tensor in saved.items() if "factors" not in name)
+    assert kept == [(2, 32), (4, 1), (320, 32)]
     again = load_file(folder(resumed, 4) / WEIGHTS)
     assert again.keys() == saved.keys()
     assert all(torch.equal(again[name], saved[name]) for name in saved)

@@ -472,3 +472,49 @@ def test_a_loader_that_leaves_uncertain_factors_unread_is_refused(tiny_qwen2, tu
     assert config._stored_shape is None
     with pytest.raises(NotImplementedError, match="holds the singular vectors of .*PeftModel.from_pretrained"):
         degenerate(tiny_qwen2()).add_adapter(config, "default")
+
+
+# The card
+
+
+def test_the_card_says_what_the_adapter_is_and_keeps_what_others_wrote(tiny_qwen2, tmp_path):
+    model = adapted(tiny_qwen2(), u=13, n_tie="all", save_dtype="bfloat16")
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert "13 trained values (26 bytes, bfloat16)" in card and "in each of 14 modules" in card
+    assert "W' = W + U S (sum_k v_k P_k) V^T" in card and "import trl_tinylora" in card
+    assert fields["base_fingerprint"]["names"] in card
+    (stored,) = load_file(tmp_path / WEIGHTS).values()
+    assert " ".join(f"{value:.8g}" for value in stored.float().flatten().tolist()) in card
+    # PEFT's own front matter stands before it.
+    assert card.startswith("---") and "library_name: peft" in card
+
+    (tmp_path / "README.md").write_text(card + "\nMy own words.\n")
+    with torch.no_grad():
+        values_of(model).fill_(0.125)
+    model.save_pretrained(tmp_path)
+    again = (tmp_path / "README.md").read_text()
+    assert again.count("## TinyLoRA") == 1 and "0.125 0.125" in again and "My own words." in again
+
+
+def test_an_adapter_of_many_values_does_not_list_them(tiny_qwen2, tmp_path):
+    adapted(tiny_qwen2(), u=10, r=4).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "140 trained values (560 bytes, float32)" in card and len(card) < 8000
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_factors_do_not_depend_on_the_number_of_threads(threads):
+    weight = matrix([4.0, 2.0, 1.0, *[0.2] * 30], 400, 300).float()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        left, right, _ = truncated_svd(weight, 2)
+    finally:
+        torch.set_num_threads(before)
+    expected = torch.linalg.svd(weight.double(), full_matrices=False)
+    for k in range(2):
+        exact = expected.S[k] * torch.outer(expected.U[:, k], expected.Vh[k])
+        torch.testing.assert_close(torch.outer(left[:, k], right[k]).double(), exact, rtol=0, atol=1e-5)
+        assert left[:, k].abs().max() == left[:, k].max()
