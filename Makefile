@@ -39,6 +39,11 @@ test-distributed: $(INSTALLED)
 results: $(INSTALLED)
 	$(BIN)/python recipes/compare.py --config recipes/toy/compare.yaml --output_dir recipes/toy/results --report_only \
 		--update_readme README.md
+	$(BIN)/python recipes/benchmarks/many_adapters.py --output recipes/benchmarks/results/many_adapters.json \
+		--report_only --update_readme README.md
+	$(BIN)/python recipes/memory.py --update_readme recipes/README.md
+	PYTHONPATH=recipes:tests $(BIN)/python tests/distributed/matrix.py --output tests/distributed/matrix.json \
+		--report_only --update_readme recipes/README.md
 
 quality: $(INSTALLED)
 	$(BIN)/ruff check $(RUFF) $(RULES) $(CODE)

@@ -164,7 +164,9 @@ def resume_point(training_args: TrainingArguments) -> str | None:
         FileNotFoundError: If there is no checkpoint to continue from.
     """
     output_dir = Path(training_args.output_dir)
-    checkpoints = sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    # The trainer's own; somebody's "checkpoint-best" has no place in their order.
+    numbered = [path for path in output_dir.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    checkpoints = sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]))
     wanted = str(training_args.resume_from_checkpoint or "false")
     # The trainer takes the text "true", all that a command line can give, for the name of a folder.
     if wanted.lower() == "true":

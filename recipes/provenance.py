@@ -68,6 +68,6 @@ def describe_training(trainer: Trainer, dataset_name: str) -> str:
     schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     return (
         f"## Training\n\n{type(trainer).__name__} on `{dataset_name}`: {trainer.state.global_step} steps of {batch} "
-        f"rows (of completions in RL) over {args.world_size} process{'es' if args.world_size > 1 else ''}, learning rate "
+        f"rows (of completions in RL), {args.world_size} process{'es' if args.world_size > 1 else ''}, learning rate "
         f"{args.learning_rate:g} ({schedule}), seed {args.seed}. {versions}{commit}.\n\nLast record: {metrics}."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
@@ -10,8 +11,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Literal, Optional, Union
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftConfig
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from .card import describe, put_section
 from .checkpoint import VALUES, read_folder
@@ -287,6 +290,14 @@ class TinyLoraConfig(PeftConfig):
                 f"{folder} holds an adapter of type {getattr(config.peft_type, 'value', config.peft_type)}, not "
                 f"{TinyLoraPeftType.TRL_TINYLORA.value}. Load it with `peft.PeftModel.from_pretrained`."
             )
+        if not os.path.isdir(folder):
+            # The weights are looked at here as well, before PEFT wraps the model for them.
+            for_hub, _, _ = cls._split_kwargs(kwargs)
+            with contextlib.suppress(EntryNotFoundError):
+                path = hf_hub_download(
+                    pretrained_model_name_or_path, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **for_hub
+                )
+                folder = os.path.dirname(path)
         tensors = read_folder(folder, config.checkpoint_digest)
         if tensors is not None:
             config._stored_shape = tuple(tensors[VALUES].shape)

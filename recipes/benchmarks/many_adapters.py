@@ -296,9 +296,10 @@ def origin(record: dict) -> str:
     made, asked = record["provenance"], record["arguments"]
     commit = made["git"]["commit"][:12] if made["git"] else "unknown"
     return (
-        f"A Qwen2 of {asked['layers']} layers, hidden size {asked['hidden']}, random weights, {asked['threads']} thread "
-        f"of {made['machine']['cores']} CPU cores, in turns in one process; torch {made['versions']['torch']}, peft "
-        f"{made['versions']['peft']}; commit {commit}. `python recipes/benchmarks/many_adapters.py` measures it again."
+        f"A Qwen2 of {asked['layers']} layers, hidden size {asked['hidden']}, random weights, {asked['threads']} "
+        f"thread of {made['machine']['cores']} CPU cores, in turns in one process; torch {made['versions']['torch']}, "
+        f"peft {made['versions']['peft']}; commit {commit}. `python recipes/benchmarks/many_adapters.py` measures it "
+        "again."
     )
 
 

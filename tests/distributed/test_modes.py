@@ -60,7 +60,7 @@ HALF = {
 }
 FP16 = {**HALF, "name": "fp16", "dtype": "float32", "bf16": False, "arguments": {"learning_rate": 1e-3, "fp16": True}}
 # TRL keeps a copy of an adapter that it is given as the reference, and switches between the two.
-GIVEN = {**CASES[3], "name": "given", "fields": {"n_tie": 4}, "max_steps": 4, "given": True}
+GIVEN = {**CASES[3], "name": "given", "max_steps": 4}
 LOST = {**CASES[0], "name": "control-lost", "control": "lost gradient"}
 
 MODES = ["ddp", "zero2", "zero3", "fsdp2", "fsdp2 at load"]
@@ -76,8 +76,19 @@ def folder(mode, tmp_path_factory):
     return tmp_path_factory.mktemp(mode)
 
 
+@pytest.fixture(scope="session")
+def trained_before(base_folder, tmp_path_factory):
+    """The folder of an adapter whose values are 0.05."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder, dtype="float32"), TinyLoraConfig(n_tie=4))
+    with torch.no_grad():
+        worker.values_of(model).fill_(0.05)
+    saved = str(tmp_path_factory.mktemp("trained-before"))
+    model.save_pretrained(saved)
+    return saved
+
+
 @pytest.fixture(scope="module")
-def found(mode, folder, base_folder, rows):
+def found(mode, folder, base_folder, rows, trained_before):
     """What every case found on every rank, in one launch."""
     cases = [*CASES, SAVED]
     if mode == "fsdp2 at load":
@@ -86,7 +97,7 @@ def found(mode, folder, base_folder, rows):
     else:
         resume = {"resume_from_checkpoint": str(folder / "saved" / "checkpoint-2")}
         cases += [{**RESUMED, "arguments": {**SAVING, **resume}}, BEST]
-    cases += [SYNCED, HALF, GIVEN]
+    cases += [SYNCED, HALF, {**GIVEN, "given": trained_before}]
     if mode.startswith("zero"):
         cases.append(FP16)
     if mode == "ddp":
@@ -115,8 +126,9 @@ def adapter_of(base_folder, checkpoint):
 
 
 @pytest.mark.parametrize("case", [*CASES, GIVEN], ids=lambda case: case["name"])
-def test_two_processes_train_the_values_of_one(found, mode, alone, case):
-    expected, ranks = alone(case), found[case["name"]]
+def test_two_processes_train_the_values_of_one(found, mode, alone, case, trained_before):
+    expected = alone(case | ({"given": trained_before} if case is GIVEN else {}))
+    ranks = found[case["name"]]
     assert len(ranks) == 2
     for rank in ranks:
         assert rank["processes"] == 2 and rank["dtypes_in_forward"] == ["torch.float32"]

@@ -19,6 +19,8 @@ def test_the_sft_recipe_under_zero3_trains_what_one_process_trains(base_folder, 
     spread = launch_recipe("zero3", "sft.py", base_folder, data, tmp_path / "zero3")
     assert alone.shape == (4, 1) and alone.abs().min() > 100 * TOLERANCE
     torch.testing.assert_close(spread, alone, rtol=0, atol=TOLERANCE)
+    card = (tmp_path / "zero3" / "README.md").read_text()
+    assert "4 trained values (16 bytes, float32)" in card and "SFTTrainer on" in card and "2 processes" in card
 
 
 # On a CPU accelerate runs fsdp2.yaml as DDP; that it starts says that the file is complete.

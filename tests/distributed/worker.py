@@ -26,7 +26,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from arguments import resume_point
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointFunction
@@ -114,11 +114,10 @@ def make_trainer(case, base, rows, output_dir):
         **{"num_generations": GROUP, "shuffle_dataset": False, "beta": 0.1, **arguments},
         model_init_kwargs=model_init_kwargs,
     )
-    if case.get("given"):
-        # An adapter trained before: TRL keeps a copy of it as the reference.
-        base = get_peft_model(AutoModelForCausalLM.from_pretrained(base, **model_init_kwargs), peft_config)
-        with torch.no_grad():
-            values_of(base).fill_(0.05)
+    if "given" in case:
+        # A saved adapter, loaded onto the base as this mode spreads it: TRL keeps a copy of it as the reference.
+        model = AutoModelForCausalLM.from_pretrained(base, **model_init_kwargs)
+        base = PeftModel.from_pretrained(model, case["given"], is_trainable=True)
         peft_config = config.model_init_kwargs = None
     return GRPOTrainer(
         base,

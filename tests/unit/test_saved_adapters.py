@@ -6,6 +6,7 @@ import json
 import os
 
 import numpy as np
+import peft
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -14,6 +15,8 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+import trl_tinylora.cache
+import trl_tinylora.config
 from trl_tinylora import TinyLoraConfig
 from trl_tinylora.decomposition import truncated_svd
 from trl_tinylora.fingerprint import fingerprint, probes_needed, refuse_another_base, take_probe
@@ -394,7 +397,6 @@ def degenerate(model):
 @pytest.fixture
 def turned(tiny_qwen2, tmp_path, token_ids, monkeypatch):
     """An adapter that was saved where the SVD gave another basis; its folder and its logits."""
-    import trl_tinylora.cache
 
     def elsewhere(weight, rank):
         left, right, uncertainty = truncated_svd(weight, rank)
@@ -464,6 +466,28 @@ def test_another_dtype_of_the_base_changes_an_adapters_effect_by_little(tiny_qwe
             other = rounded.get_submodule(name).get_delta_weight("default")
             # An uncertainty of 0.02 at most in each of two vectors on either side.
             assert torch.linalg.matrix_norm(other - exact) <= 0.1 * torch.linalg.matrix_norm(exact)
+
+
+def test_an_adapter_on_the_hub_is_looked_at_before_the_model_is_touched(tiny_qwen2, token_ids, turned, monkeypatch):
+    folder, expected = turned
+
+    def download(repo_id, filename, **kwargs):
+        assert repo_id == "somebody/adapter"
+        return str(folder / filename)
+
+    for module in (peft.config, peft.utils.save_and_load, trl_tinylora.config):
+        monkeypatch.setattr(module, "hf_hub_download", download)
+    monkeypatch.setattr(peft.utils.save_and_load, "file_exists", lambda **kwargs: True)
+    monkeypatch.setattr(peft.utils.save_and_load, "hub_file_exists", lambda *args, **kwargs: True, raising=False)
+    loaded = PeftModel.from_pretrained(degenerate(tiny_qwen2()), "somebody/adapter")
+    torch.testing.assert_close(logits(loaded, token_ids), expected, rtol=0, atol=2e-5)
+
+    base = tiny_qwen2()
+    names = modules_of(base)
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-4])
+    with pytest.raises(ValueError, match="no complete safetensors file"):
+        PeftModel.from_pretrained(base, "somebody/adapter")
+    assert modules_of(base) == names
 
 
 def test_a_loader_that_leaves_uncertain_factors_unread_is_refused(tiny_qwen2, turned):
