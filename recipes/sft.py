@@ -74,7 +74,4 @@ def main(
 
 
 if __name__ == "__main__":
-    trainer = main(*trl.TrlParser(ARGUMENTS).parse_args_and_config())
-    # On a CPU gloo's threads sometimes abort a process whose group was destroyed, after all was saved.
-    if trainer.accelerator.device.type != "cpu":
-        trainer.end()
+    main(*trl.TrlParser(ARGUMENTS).parse_args_and_config()).end()

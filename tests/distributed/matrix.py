@@ -138,6 +138,7 @@ def table(record):
             "-" if recipes is None else f"{recipes:.0e}",
         )
         lines.append("| " + " | ".join(cells) + " |")
+    lines += [f"| {mode} |" + " not run |" * 6 for mode in MODES if mode not in record["modes"]]
     provenance = record["provenance"]
     named = ", ".join(
         f"{name} {provenance['versions'][name]}"

@@ -94,7 +94,10 @@ def launch_recipe(mode, script, base, data, output_dir, **overrides):
     config = output_dir.with_suffix(".yaml")
     config.write_text(yaml.safe_dump(keys))
     completed = accelerate_launch(mode, ROOT / "recipes" / script, "--config", config, processes=processes, timeout=600)
-    assert completed.returncode == 0, completed.stdout[-6000:]
+    # gloo's threads abort one finished process in some thirty as Python ends (pytorch issue 190489, pull 179291):
+    # everything is saved then, and the values below are compared all the same.
+    aborted_at_the_end = "terminate called without an active exception" in completed.stdout.partition("Saved to ")[2]
+    assert completed.returncode == 0 or aborted_at_the_end, completed.stdout[-6000:]
     return values_in(output_dir)
 
 
