@@ -9,7 +9,6 @@ can be told from what is gained in answers.
 """
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from scipy import stats
 from tqdm.auto import tqdm
 
 import trl_tinylora  # noqa: F401 - PEFT loads a TinyLoRA adapter only once the package has registered it
+from trl_tinylora.files import written_whole
 from trl_tinylora.tasks import gsm8k
 
 
@@ -209,11 +209,8 @@ def write_text(path: str | Path, text: str) -> None:
         path (`str` or `Path`): Its folder is made where needed.
         text (`str`): The content.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
+    with written_whole(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
 
 
 def main(script_args: RecipeArguments, model_args: trl.ModelConfig, evaluation_args: EvaluationArguments) -> dict:

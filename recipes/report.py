@@ -8,6 +8,8 @@ from pathlib import Path
 
 from evaluate import write_text
 
+from trl_tinylora.card import markers, replaced_section
+
 
 ALGORITHMS = {"rl": "RL", "sft": "SFT"}
 MEASURES = [(kind, grading) for kind in ("greedy", "sampled") for grading in ("strict", "flexible")]
@@ -392,11 +394,12 @@ def replace_section(document: str, section: str, content: str) -> str:
     Raises:
         ValueError: If a marker is missing.
     """
-    opening, closing = f"<!-- results:{section} -->", f"<!-- /results:{section} -->"
-    if opening not in document or closing not in document.split(opening, 1)[1]:
+    name = f"results:{section}"
+    renewed = replaced_section(document, name, content)
+    if renewed is None:
+        opening, closing = markers(name)
         raise ValueError(f"the README lacks the markers {opening} and {closing}, between which the table goes")
-    before, rest = document.split(opening, 1)
-    return f"{before}{opening}\n{content}\n{closing}{rest.split(closing, 1)[1]}"
+    return renewed
 
 
 def readme_content(summary: dict) -> str:

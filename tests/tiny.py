@@ -3,6 +3,7 @@
 import json
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
@@ -29,6 +30,13 @@ ROWS = [
     {"prompt": [{"role": "user", "content": question}], "completion": [{"role": "assistant", "content": answer}]}
     for question, answer in PAIRS
 ]
+
+
+def values_in(folder):
+    """The values in a saved adapter's folder, of which there is one tensor."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    (values,) = (tensor for name, tensor in tensors.items() if name.endswith("lora_magnitude_vector"))
+    return values
 
 
 def write_split(folder, split):

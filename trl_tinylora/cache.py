@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 
 from .checkpoint import digest
 from .decomposition import FULL_SVD_BELOW, Factors, truncated_svd
+from .files import written_whole
 
 
 # Of the computation in decomposition.py: another one must not find the files of this one.
@@ -149,11 +149,8 @@ def _write(path: Path, factors: Factors) -> None:
     tensors = {"left": factors.left_OR.cpu(), "right": factors.right_RI.cpu()}
     size = largest_size()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as beside:
-            whole_file = Path(beside) / path.name
-            save_file(tensors, whole_file, {"uncertainty": repr(factors.uncertainty), "digest": digest(tensors)})
-            os.replace(whole_file, path)
+        with written_whole(path) as scratch:
+            save_file(tensors, scratch, {"uncertainty": repr(factors.uncertainty), "digest": digest(tensors)})
         _make_room(path.parent, size)
     except OSError:
         # A cache that cannot be written (a full or read-only disk) is no reason to stop.

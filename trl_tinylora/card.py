@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Optional
 
 import torch
+
+from .files import written_whole
 
 
 if TYPE_CHECKING:
@@ -61,6 +62,36 @@ model = AutoPeftModelForCausalLM.from_pretrained("{folder}")
 `python -m trl_tinylora export {folder} lora` makes a plain LoRA of it, which loads without this package."""
 
 
+def markers(name: str) -> tuple[str, str]:
+    """Returns the comments before and after a part of a Markdown document.
+
+    Args:
+        name (`str`): Name of the part.
+
+    Returns:
+        `tuple[str, str]`
+    """
+    return f"<!-- {name} -->", f"<!-- /{name} -->"
+
+
+def replaced_section(document: str, name: str, content: str) -> Optional[str]:
+    """Returns a document with the part between two markers renewed, or None where it lacks them.
+
+    Args:
+        document (`str`): Markdown.
+        name (`str`): Name of the part, as in [`markers`].
+        content (`str`): What goes between them.
+
+    Returns:
+        `str` or `None`
+    """
+    opening, closing = markers(name)
+    before, found, rest = document.partition(opening)
+    if not found or closing not in rest:
+        return None
+    return f"{before}{opening}\n{content}\n{closing}{rest.split(closing, 1)[1]}"
+
+
 def put_section(folder: str | os.PathLike, name: str, content: str) -> None:
     """
     Writes a part of a folder's model card, in its former place if there was one and at the end otherwise.
@@ -72,13 +103,9 @@ def put_section(folder: str | os.PathLike, name: str, content: str) -> None:
     """
     path = Path(folder) / CARD
     card = path.read_text(encoding="utf-8") if path.is_file() else ""
-    opening, closing = f"<!-- {name} -->", f"<!-- /{name} -->"
-    part = f"{opening}\n{content}\n{closing}"
-    before, found, rest = card.partition(opening)
-    if found and closing in rest:
-        card = before + part + rest.split(closing, 1)[1]
-    else:
-        card = f"{card.rstrip()}\n\n{part}\n".lstrip()
-    with tempfile.TemporaryDirectory(dir=folder) as beside:
-        (Path(beside) / CARD).write_text(card, encoding="utf-8")
-        os.replace(Path(beside) / CARD, path)
+    renewed = replaced_section(card, name, content)
+    if renewed is None:
+        opening, closing = markers(name)
+        renewed = f"{card.rstrip()}\n\n{opening}\n{content}\n{closing}\n".lstrip()
+    with written_whole(path) as scratch:
+        scratch.write_text(renewed, encoding="utf-8")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 import warnings
 from dataclasses import dataclass, field
 from enum import Enum
@@ -18,6 +17,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from .card import describe, put_section
 from .checkpoint import VALUES, read_folder
+from .files import written_whole
 from .tying import TYINGS, nearest_budget
 
 
@@ -321,10 +321,8 @@ class TinyLoraConfig(PeftConfig):
         if os.path.isfile(save_directory):
             # PEFT says what is wrong.
             super().save_pretrained(save_directory, **kwargs)
-        os.makedirs(save_directory, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=save_directory) as beside:
-            super().save_pretrained(beside, **kwargs)
-            os.replace(os.path.join(beside, CONFIG_NAME), os.path.join(save_directory, CONFIG_NAME))
+        with written_whole(os.path.join(save_directory, CONFIG_NAME)) as scratch:
+            super().save_pretrained(str(scratch.parent), **kwargs)
         if self._saved_values is not None:
             put_section(
                 save_directory,

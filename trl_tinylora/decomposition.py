@@ -101,6 +101,20 @@ def unmix(grad_MRR: torch.Tensor, groups_M: torch.Tensor, projections_MKRR: torc
     return grad_MK.new_zeros(n_groups, grad_MK.shape[1]).index_add_(0, groups_M, grad_MK)
 
 
+def frozen_stream(text: str) -> np.random.RandomState:
+    """Returns a stream of random numbers that follows from a text, the same on every machine and in years to come.
+
+    It is numpy's `RandomState`, frozen by NEP 19.
+
+    Args:
+        text (`str`): Any text.
+
+    Returns:
+        `numpy.random.RandomState`
+    """
+    return np.random.RandomState(np.frombuffer(hashlib.sha256(text.encode()).digest(), dtype="<u4").astype(np.uint32))
+
+
 def gaussian_projections(name: str, u: int, r: int, seed: int) -> torch.Tensor:
     """
     Returns a module's fixed random matrices P with entries from N(0, 1/r), the same on every machine.
@@ -118,8 +132,7 @@ def gaussian_projections(name: str, u: int, r: int, seed: int) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(u, r, r)`, dtype float32, on the CPU.
     """
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    stream = np.random.RandomState(np.frombuffer(digest, dtype="<u4").astype(np.uint32))
+    stream = frozen_stream(f"{seed}:{name}")
     return torch.from_numpy((stream.standard_normal((u, r, r)) / np.sqrt(r)).astype(np.float32))
 
 

@@ -14,25 +14,26 @@ What was read of the readers, so that the file suits them (the tests hold it to 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Union
+from typing import Optional, Union
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .checkpoint import PREFIX
 from .config import TinyLoraConfig
 from .layer import Linear
 from .model import TinyLoraModel
+from .targets import unwrap
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -85,30 +86,14 @@ def export_lora(
     refuse_what_is_no_lora(config)
 
     base = model.get_base_model()
-    factors, is_conv1d = {}, False
+    factors = {}
     for name, layer in base.named_modules():
         if isinstance(layer, Linear) and layer.place(adapter_name) is not None:
             vectors, index = layer.place(adapter_name)
             left_OR, right_RI = layer.factors_of(vectors.plan)
             factors[name] = right_RI, left_OR.cpu().double() @ vectors.mixing(index).cpu().double()
-            is_conv1d = is_conv1d or isinstance(layer.get_base_layer(), Conv1D)
-    write_lora(
-        save_directory,
-        factors,
-        LoraConfig(
-            r=config.r,
-            lora_alpha=config.r,
-            target_modules=target_modules(factors, base),
-            fan_in_fan_out=is_conv1d,
-            task_type=config.task_type,
-            base_model_name_or_path=config.base_model_name_or_path or base.__dict__.get("name_or_path") or None,
-            revision=config.revision,
-            inference_mode=True,
-        ),
-        base_class=type(base),
-        dtype=dtype,
-        overwrite=overwrite,
-    )
+    base_name = config.base_model_name_or_path or base.__dict__.get("name_or_path") or None
+    write_lora(save_directory, factors, config, base, base_name=base_name, dtype=dtype, overwrite=overwrite)
 
 
 def read_config(folder: Path) -> dict:
@@ -126,10 +111,7 @@ def read_config(folder: Path) -> dict:
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise ValueError(f"{folder} has no {CONFIG_NAME}: it is no adapter folder. Name the folder that was saved.")
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no complete JSON file ({error}): copy it again.") from error
+    return TinyLoraConfig.from_json_file(str(path))
 
 
 def refuse_what_is_no_lora(config) -> None:
@@ -176,11 +158,13 @@ def target_modules(names: Iterable[str], base: nn.Module) -> list[str]:
 def write_lora(
     save_directory: Union[str, os.PathLike],
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]],
-    config: LoraConfig,
+    adapter: PeftConfig,
+    base: nn.Module,
     *,
-    base_class: type,
+    base_name: Optional[str],
     dtype: torch.dtype,
     overwrite: bool,
+    dropout: float = 0.0,
 ) -> None:
     """
     Writes a LoRA in PEFT's layout, so that the folder holds the earlier files, none that load, or the whole adapter.
@@ -189,10 +173,12 @@ def write_lora(
         save_directory (`str` or `os.PathLike`): Folder to write.
         factors (`dict[str, tuple[torch.Tensor, torch.Tensor]]`): A, shape `(r, in_features)`, and B, shape
             `(out_features, r)`, by module name.
-        config (`peft.LoraConfig`): Its configuration.
-        base_class (`type`): Class of the base model, which PEFT notes where there is no task type.
+        adapter (`peft.PeftConfig`): Configuration of the adapter that this is the LoRA of; its rank is taken.
+        base (`torch.nn.Module`): The base model; it may carry adapters, and needs no weights.
+        base_name (`str`): Name or path of the base model, if it has one.
         dtype (`torch.dtype`): One of [`DTYPES`].
         overwrite (`bool`): Whether to replace an adapter in that folder.
+        dropout (`float`, *optional*, defaults to `0.0`): `lora_dropout`.
 
     Raises:
         ValueError: If `dtype` is another one or cannot hold the update.
@@ -212,17 +198,27 @@ def write_lora(
     tensors = {}
     for name, (down_RI, up_OR) in factors.items():
         for part, factor in zip("AB", _rounded(name, down_RI, up_OR, dtype), strict=True):
-            tensors[f"base_model.model.{name}.lora_{part}.weight"] = factor
-    noted = None
-    if config.task_type is None:
-        noted = {"base_model_class": base_class.__name__, "parent_library": base_class.__module__}
+            tensors[f"{PREFIX}{name}.lora_{part}.weight"] = factor
+    config = LoraConfig(
+        r=adapter.r,
+        lora_alpha=adapter.r,
+        lora_dropout=dropout,
+        target_modules=target_modules(factors, base),
+        fan_in_fan_out=any(isinstance(unwrap(base.get_submodule(name)), Conv1D) for name in factors),
+        task_type=adapter.task_type,
+        base_model_name_or_path=base_name,
+        revision=adapter.revision,
+        inference_mode=True,
+    )
+    # What PEFT notes where there is no task type.
+    noted = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     beside.mkdir()
     try:
         save_file(tensors, beside / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        config.save_pretrained(str(beside), auto_mapping_dict=noted)
+        config.save_pretrained(str(beside), auto_mapping_dict=noted if config.task_type is None else None)
         if not folder.exists():
             os.replace(beside, folder)
             return

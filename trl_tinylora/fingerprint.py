@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .decomposition import BFLOAT16_ROUNDING
+from .decomposition import BFLOAT16_ROUNDING, frozen_stream
 
 
 # An adapter keeps at least this many numbers, so that one of few modules is proved as well.
@@ -82,8 +82,7 @@ def take_probe(name: str, weight_OI: torch.Tensor, count: int) -> Probe:
         [`Probe`]
     """
     out_features, in_features = weight_OI.shape
-    seed = hashlib.sha256(f"probe:{name}".encode()).digest()
-    stream = np.random.RandomState(np.frombuffer(seed, dtype="<u4").astype(np.uint32))
+    stream = frozen_stream(f"probe:{name}")
     signs = torch.from_numpy(stream.randint(0, 2, (count, out_features + in_features)).astype(np.float32) * 2 - 1)
     dtype = torch.promote_types(weight_OI.dtype, torch.float32)
     left_OP, right_IP = signs.T.to(weight_OI.device, dtype).split([out_features, in_features])

@@ -302,7 +302,7 @@ class TinyLoraModel(BaseTuner):
         for key in found:
             if key.removeprefix(PREFIX) == values:
                 found[key] = own[VALUES] = found[key].to(getattr(torch, config.save_dtype))
-        layers = {module.name: module for module in model.modules() if isinstance(module, Linear)}
+        layers = _layers_of(model)
         for name in vectors.plan.uncertain:
             for side, factor in zip(SIDES, layers[name].factors_of(vectors.plan), strict=True):
                 own[FACTORS + name + side] = factor
@@ -318,12 +318,12 @@ class TinyLoraModel(BaseTuner):
         plan = bank.vectors(adapter_name).plan
         refuse_unfit_values(own or state_dict)
         refuse_unfit_shape(own[VALUES].shape, plan.shape)
-        theirs = {}
-        for name, factors in stored_factors(own).items():
-            ours = next(m for m in model.modules() if isinstance(m, Linear) and m.name == name).factors_of(plan)
-            factors = tuple(theirs.to(mine) for theirs, mine in zip(factors, ours, strict=True))
-            if not all(same_factor(*pair) for pair in zip(factors, ours, strict=True)):
-                theirs[name] = factors
+        layers, theirs = _layers_of(model), {}
+        for name, stored in stored_factors(own).items():
+            computed = layers[name].factors_of(plan)
+            stored = tuple(factor.to(mine) for factor, mine in zip(stored, computed, strict=True))
+            if not all(map(same_factor, stored, computed)):
+                theirs[name] = stored
         if theirs:
             bank.change_plan(adapter_name, plan.with_own_factors(theirs))
         state_dict = {name: tensor for name, tensor in state_dict.items() if name.removeprefix(PREFIX) not in own}
@@ -420,6 +420,10 @@ def first_block(model: nn.Module, names: list[str]) -> str:
             "`exclude_modules`."
         )
     return blocks[0]
+
+
+def _layers_of(model: nn.Module) -> dict[str, Linear]:
+    return {module.name: module for module in model.modules() if isinstance(module, Linear)}
 
 
 def _tree_of(model: nn.Module) -> tuple[list, list]:

@@ -15,7 +15,7 @@ from typing import Optional, Union
 
 import peft
 import torch
-from peft import LoraConfig, PeftType
+from peft import PeftType
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
@@ -24,11 +24,11 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from .export import read_config, refuse_what_is_no_lora, target_modules, write_lora
+from .checkpoint import PREFIX
+from .export import read_config, refuse_what_is_no_lora, write_lora
 from .targets import skeleton
 
 
-PREFIX = "base_model.model."
 VALUES = "base_model.tinylora_v."
 
 
@@ -95,15 +95,13 @@ def convert_peft_tinylora(
     # The numbers of PEFT's `_create_and_replace`.
     n_groups = max(1, round(len(places) * (1.0 - config.weight_tying)))
     group_size = max(1, len(places) // n_groups)
-    factors, is_conv1d = {}, False
+    factors = {}
     for name, place in places.items():
-        linear = base.get_submodule(name)
-        if isinstance(linear, nn.Embedding):
+        if isinstance(base.get_submodule(name), nn.Embedding):
             raise NotImplementedError(
                 f"{name} is an embedding: a LoRA of one has other tensors, which vLLM and llama.cpp read for some "
                 "models only. Load the adapter with PEFT, and merge it into the weights."
             )
-        is_conv1d = is_conv1d or isinstance(linear, Conv1D)
         down_RI, up_OR = (_take(tensors, f"{PREFIX}{name}.tinylora_{part}", folder) for part in "AB")
         values_K = _take(tensors, f"{VALUES}{min(place // group_size, n_groups - 1)}", folder)
         rank = down_RI.shape[0]
@@ -118,20 +116,12 @@ def convert_peft_tinylora(
     write_lora(
         save_directory,
         factors,
-        LoraConfig(
-            r=config.r,
-            lora_alpha=config.r,
-            lora_dropout=config.tinylora_dropout,
-            target_modules=target_modules(factors, base),
-            fan_in_fan_out=is_conv1d,
-            task_type=config.task_type,
-            base_model_name_or_path=config.base_model_name_or_path,
-            revision=config.revision,
-            inference_mode=True,
-        ),
-        base_class=type(base),
+        config,
+        base,
+        base_name=config.base_model_name_or_path,
         dtype=dtype,
         overwrite=overwrite,
+        dropout=config.tinylora_dropout,
     )
 
 

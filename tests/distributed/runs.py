@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from safetensors.torch import load_file
+from tiny import values_in
 
 
 HERE = Path(__file__).parent
@@ -99,12 +99,6 @@ def launch_recipe(mode, script, base, data, output_dir, **overrides):
     aborted_at_the_end = "terminate called without an active exception" in completed.stdout.partition("Saved to ")[2]
     assert completed.returncode == 0 or aborted_at_the_end, completed.stdout[-6000:]
     return values_in(output_dir)
-
-
-def values_in(folder):
-    """The values in an adapter's folder."""
-    tensors = load_file(folder / "adapter_model.safetensors")
-    return next(tensor for name, tensor in tensors.items() if name.endswith("lora_magnitude_vector"))
 
 
 def run_cases(mode, cases, base, rows, folder, timeout=600):

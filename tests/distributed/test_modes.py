@@ -12,7 +12,8 @@ import torch
 import worker
 from cases import NUMERIC, TOLERANCE
 from peft import PeftModel, get_peft_model
-from runs import run_cases, try_cases, values_in
+from runs import run_cases, try_cases
+from tiny import values_in
 from transformers import AutoModelForCausalLM
 
 from trl_tinylora import TinyLoraConfig

@@ -45,8 +45,6 @@ from trl_tinylora.layer import Linear
 
 
 STEPS = 20
-# Of a module's name, under a PeftModel.
-PREFIX = "base_model.model."
 # Rows of a step, over all processes and accumulated micro-batches; GRPO: two groups of four completions.
 ROWS = 8
 GROUP = 4
@@ -284,7 +282,7 @@ def killed_while_writing(file_name, occurrence):
 
 def build_seconds(model, base, turns):
     """Seconds to find the factors of the model as this mode spreads it, and of the same model whole, in turns."""
-    names = [name for name, module in model.named_modules() if isinstance(module, Linear)]
+    names = [module.name for module in model.modules() if isinstance(module, Linear)]
     # No rank that the layers hold already.
     rank = 3
     plain = Qwen2ForCausalLM(Qwen2Config.from_pretrained(base))
@@ -293,7 +291,7 @@ def build_seconds(model, base, turns):
     for _ in range(turns):
         for kind, given in (("whole", plain), ("spread", model.get_base_model())):
             started = time.perf_counter()
-            trl_tinylora.model.compute_factors(given, [name.removeprefix(PREFIX) for name in names], rank)
+            trl_tinylora.model.compute_factors(given, names, rank)
             found[kind].append(time.perf_counter() - started)
     return found
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny import values_in
 
 from trl_tinylora import TinyLoraConfig
 
@@ -37,14 +38,9 @@ def load_trained(make_model):
     return load
 
 
-def values_in(path):
-    """The values of each adapter in a file."""
-    return [tensor for name, tensor in load_file(path).items() if name.endswith("lora_magnitude_vector")]
-
-
 def test_a_checkpoint_holds_the_values_and_their_optimizer_state(sft, values):
     trainer = sft(TinyLoraConfig(n_tie=4, u=2), **SAVING)
-    (saved,) = values_in(folder(trainer, 2) / WEIGHTS)
+    saved = values_in(folder(trainer, 2))
     assert (saved.dtype, saved.numel() * saved.element_size()) == (torch.float32, 8 * 4)
     assert torch.equal(saved, values(trainer.model))
     # Behind a header of names; one module of this base has singular values too close for a basis to be certain.
@@ -92,7 +88,7 @@ def test_grpo_resumed_half_way_equals_the_uninterrupted_run_with_its_reference(g
 def test_a_checkpoint_with_a_reference_keeps_it_in_a_folder_of_its_own(grpo, values, load_trained, make_model):
     trainer = grpo(model=load_trained(0.2), beta=0.1, **SAVING)
     checkpoint = folder(trainer, 2)
-    (policy,), (reference,) = (values_in(checkpoint / name / WEIGHTS) for name in ("", "ref"))
+    policy, reference = (values_in(checkpoint / name) for name in ("", "ref"))
     assert torch.equal(reference, torch.full((4, 2), 0.2))
     assert torch.equal(policy, values(trainer.model)) and (policy != reference).all()
     loaded = PeftModel.from_pretrained(make_model(), checkpoint)
@@ -116,7 +112,7 @@ def test_load_best_model_at_end_takes_the_best_values(sft, values, logged, great
     losses = logged(trainer, "eval_loss")
     assert losses == sorted(losses, reverse=True) and len(set(losses)) == 4
     assert trainer.state.best_model_checkpoint == str(folder(trainer, best))
-    saved = [values_in(folder(trainer, step) / WEIGHTS)[0] for step in range(1, 5)]
+    saved = [values_in(folder(trainer, step)) for step in range(1, 5)]
     equal = [step for step in range(1, 5) if torch.equal(values(trainer.model), saved[step - 1])]
     assert equal == [best]
     assert values(trainer.model).dtype == torch.float32
