@@ -5,6 +5,7 @@ They stand beside TRL's own `GRPOConfig`, `SFTConfig` and `ModelConfig`; nothing
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,8 @@ from transformers import AutoConfig, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from trl_tinylora import TinyLoraConfig
+from trl_tinylora.config import SAVE_DTYPES
+from trl_tinylora.tasks import controls, get_task
 
 
 @dataclass
@@ -22,14 +25,39 @@ class RecipeArguments(trl.ScriptArguments):
     """
     TRL's script arguments, and how many rows to take.
 
-    `dataset_name` is a JSONL file, a folder of `{split}.jsonl` files or a name on the Hub, with GSM8K's columns
-    `question` and `answer`.
+    `dataset_name` is a JSONL file, a folder of `{split}.jsonl` files or a name on the Hub, with the task's columns.
 
     Args:
+        task (`str`, *optional*, defaults to `"gsm8k"`): Prompt, gold answer and grading: one of
+            `trl_tinylora.tasks.TASKS`.
+        system_prompt (`str`, *optional*): A system message before every problem, instead of the task's own.
         limit (`int`, *optional*): Take only the first `limit` rows of the split.
     """
 
+    task: str = field(default="gsm8k", metadata={"help": "Prompt, gold answer and grading: gsm8k or math."})
+    system_prompt: str | None = field(default=None, metadata={"help": "A system message before every problem."})
     limit: int | None = field(default=None, metadata={"help": "Take only the first `limit` rows of the split."})
+
+
+@dataclass
+class RLArguments(RecipeArguments):
+    """
+    Adds what RL is rewarded for.
+
+    Args:
+        reward (`str`, *optional*, defaults to `"strict"`): `"strict"`, the right answer in the asked-for form; or, as
+            controls, `"format"`, any answer in that form, and `"random"`, a fair coin.
+    """
+
+    reward: Literal["strict", "format", "random"] = field(
+        default="strict", metadata={"help": "What RL is rewarded for; format and random are controls."}
+    )
+
+    def reward_function(self) -> Callable[..., list[float]]:
+        """The reward, as TRL's trainers take it."""
+        if self.reward == "random":
+            return controls.random_reward
+        return getattr(get_task(self.task), f"{self.reward}_reward")
 
 
 @dataclass
@@ -49,6 +77,8 @@ class AdapterArguments:
         projection (`str`, *optional*): `"gaussian"` or `"basis"`.
         projection_seed (`int`, *optional*): Seed of the fixed random projections.
         target_modules (`list[str]`, *optional*): Names of the modules that TinyLoRA adapts.
+        kept_dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`: the values are rounded to it after
+            every step, and saved in it.
     Raises:
         ValueError: If two arguments contradict each other; the text names both and the way out.
     """
@@ -66,6 +96,7 @@ class AdapterArguments:
     projection: str | None = field(default=None, metadata={"help": "'gaussian' or 'basis'."})
     projection_seed: int | None = field(default=None, metadata={"help": "Seed of the fixed random projections."})
     target_modules: list[str] | None = field(default=None, metadata={"help": "Modules that TinyLoRA adapts."})
+    kept_dtype: str | None = field(default=None, metadata={"help": "Dtype that the values are rounded to at each step."})
 
     def __post_init__(self):
         if self.adapter not in ("tinylora", "lora", "full"):
@@ -77,12 +108,15 @@ class AdapterArguments:
                 raise ValueError(f"n_tie must be an integer or 'all', got {self.n_tie!r}") from error
         chosen = self.tinylora_fields()
         if self.adapter != "tinylora":
-            given = chosen | ({"n_values": self.n_values} if self.n_values is not None else {})
+            given = {("kept_dtype" if name == "save_dtype" else name): value for name, value in chosen.items()}
+            given |= ({"n_values": self.n_values} if self.n_values is not None else {})
             if given:
                 raise ValueError(
                     f"{_listed(given)} belongs to adapter='tinylora', but adapter is {self.adapter!r}: drop it, or set "
                     "adapter to 'tinylora'"
                 )
+        if self.kept_dtype not in (None, *SAVE_DTYPES):
+            raise ValueError(f"kept_dtype must be one of {SAVE_DTYPES}, got {self.kept_dtype!r}")
         clash = {name: chosen[name] for name in ("u", "n_tie") if name in chosen}
         if self.n_values is not None and clash:
             raise ValueError(
@@ -93,8 +127,9 @@ class AdapterArguments:
 
     def tinylora_fields(self) -> dict:
         """The fields of [`~trl_tinylora.TinyLoraConfig`] that were given."""
-        names = [item.name for item in fields(AdapterArguments) if item.name not in ("adapter", "n_values")]
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        names = {item.name: item.name for item in fields(AdapterArguments) if item.name not in ("adapter", "n_values")}
+        names["kept_dtype"] = "save_dtype"
+        return {target: value for name, target in names.items() if (value := getattr(self, name)) is not None}
 
 
 def build_peft_config(adapter_args: AdapterArguments, model_args: trl.ModelConfig) -> PeftConfig | None:

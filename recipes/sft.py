@@ -1,17 +1,21 @@
-"""SFT: TRL's `SFTTrainer`, unmodified, on problems with GSM8K's columns.
+"""SFT: TRL's `SFTTrainer`, unmodified, on problems with a checkable answer.
 
     python recipes/sft.py --config recipes/toy/sft.yaml --output_dir results/sft-13
     accelerate launch --config_file recipes/accelerate/single.yaml recipes/sft.py --config recipes/toy/sft.yaml
 
-Differs from `grpo.py` in the trainer, its config, the reward and the columns of the rows; every other line is equal.
+Differs from `grpo.py` in the trainer, its arguments, the reward and the columns of the rows; every other line is equal.
 """
+
+from collections.abc import Sequence
 
 import trl
 from arguments import AdapterArguments, RecipeArguments, build_peft_config, refuse_miscounted_processes, resume_point
+from callbacks import callbacks_for
 from provenance import describe_training
+from transformers import TrainerCallback
 
 from trl_tinylora.card import put_section
-from trl_tinylora.tasks import gsm8k
+from trl_tinylora.tasks import get_task
 
 
 ARGUMENTS = (RecipeArguments, trl.SFTConfig, trl.ModelConfig, AdapterArguments)
@@ -22,6 +26,7 @@ def main(
     training_args: trl.SFTConfig,
     model_args: trl.ModelConfig,
     adapter_args: AdapterArguments,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> trl.SFTTrainer:
     """
     Trains, and saves the adapter (or the whole model) and the tokenizer into `training_args.output_dir`.
@@ -31,6 +36,7 @@ def main(
         training_args ([`~trl.SFTConfig`]): The trainer's own arguments.
         model_args ([`~trl.ModelConfig`]): The model, and the `lora_*` arguments.
         adapter_args (`AdapterArguments`): What is trained.
+        callbacks (`Sequence[transformers.TrainerCallback]`, *optional*): Further callbacks of the trainer.
     Returns:
         [`~trl.SFTTrainer`]: After training.
     Raises:
@@ -47,8 +53,10 @@ def main(
         "dtype": model_args.dtype,
     } | (training_args.model_init_kwargs or {})
 
+    task = get_task(script_args.task)
+
     def load(split):
-        return gsm8k.load_rows(script_args.dataset_name, split, script_args.dataset_config, script_args.limit)
+        return task.load_rows(script_args.dataset_name, split, script_args.dataset_config, script_args.limit)
 
     # Shuffled here, so that with `shuffle_dataset: false` and `train_sampling_strategy: sequential` RL and SFT see the
     # same problems in the same order.
@@ -58,10 +66,11 @@ def main(
     trainer = trl.SFTTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
-        train_dataset=gsm8k.for_sft(train_rows),
-        eval_dataset=gsm8k.for_sft(eval_rows) if eval_rows is not None else None,
+        train_dataset=task.for_sft(train_rows, script_args.system_prompt),
+        eval_dataset=task.for_sft(eval_rows, script_args.system_prompt) if eval_rows is not None else None,
         quantization_config=trl.get_quantization_config(model_args),
         peft_config=peft_config,
+        callbacks=[*callbacks_for(adapter_args, training_args), *callbacks],
     )
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)

@@ -1,0 +1,206 @@
+"""Runs of a comparison side by side: a worker process a GPU or a core, what failed, and one line a run."""
+
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import torch
+import transformers
+from evaluate import write_text
+from execution import do
+from plan import CompareArguments, Run
+
+
+def execute(run: Run, arguments: CompareArguments, provenance: dict) -> str | None:
+    """
+    Does one run and writes its JSON. What it prints goes to `log.txt` in its work folder.
+
+    Args:
+        run (`Run`): What to do.
+        arguments (`CompareArguments`): Where to write.
+        provenance (`dict`): Commit, versions and machine, for the record.
+    Returns:
+        `str` or `None`: The error's last line if it failed.
+    """
+    folder = arguments.work / run.name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with _output_to(folder / "log.txt"):
+        try:
+            started = time.perf_counter()
+            record = do(run, folder)
+            record |= {"wall_seconds": round(time.perf_counter() - started, 1), **provenance}
+            record["finished"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        except Exception as error:
+            traceback.print_exc()
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+    spec = {key: value for key, value in asdict(run).items() if key != "settings"}
+    record = spec | {"digest": run.digest} | record
+    # A line a key: readable, and a change to one of them shows as one.
+    lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
+    write_text(arguments.path("runs", f"{run.name}.json"), "{\n" + ",\n".join(lines) + "\n}\n")
+    return None
+
+
+@contextlib.contextmanager
+def _output_to(path: Path) -> Iterator[None]:
+    """Sends also what libraries print to handles they took at import, hence the file descriptors."""
+    kept = [os.dup(number) for number in (1, 2)]
+    with open(path, "w", encoding="utf-8") as log:
+        try:
+            for number in (1, 2):
+                os.dup2(log.fileno(), number)
+            yield
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            for number, copy in zip((1, 2), kept, strict=True):
+                os.dup2(copy, number)
+                os.close(copy)
+
+
+def _start_worker(threads: int, counter) -> None:
+    # The parent ends the workers; a traceback of each on Ctrl-C would bury its message.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+    transformers.utils.logging.disable_progress_bar()
+    import datasets
+
+    datasets.disable_progress_bars()
+    if torch.cuda.device_count() > 1:
+        # A GPU each: a Trainer that sees several would spread one small run over all of them.
+        with counter.get_lock():
+            worker, counter.value = counter.value, counter.value + 1
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        devices = visible.split(",") if visible else [str(n) for n in range(torch.cuda.device_count())]
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[worker % len(devices)]
+
+
+def run_all(runs: list[Run], arguments: CompareArguments, provenance: dict, progress: "Progress") -> None:
+    """
+    Does the runs, several at a time, each worker one after another.
+
+    Args:
+        runs (`list[Run]`): What is to be done.
+        arguments (`CompareArguments`): Where to write, and how many at a time.
+        provenance (`dict`): For the records.
+        progress (`Progress`): Told of every run that ends.
+    """
+    queue = deque(runs)
+    jobs = min(worker_count(arguments), max(1, len(queue)))
+    threads = int(os.environ.get("OMP_NUM_THREADS", max(1, cpu_cores() // jobs)))
+    context = multiprocessing.get_context("spawn")
+    attempts: Counter = Counter()
+    while queue:
+        setup = {"initializer": _start_worker, "initargs": (threads, context.Value("i", 0))}
+        with ProcessPoolExecutor(jobs, mp_context=context, **setup) as pool:
+            running: dict = {}
+            try:
+                while queue or running:
+                    while queue and len(running) < jobs:
+                        running[pool.submit(execute, queue[0], arguments, provenance)] = queue[0]
+                        attempts[queue.popleft().name] += 1
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        error = future.result()
+                        progress.ended(running.pop(future), error)
+            except BrokenProcessPool:
+                # A worker was killed (out of memory, say) and took the pool with it; which run it had is not told.
+                for run in running.values():
+                    if attempts[run.name] < 2:
+                        queue.append(run)
+                    else:
+                        progress.ended(run, "its process was killed, twice")
+            except BaseException:
+                for child in multiprocessing.active_children():
+                    child.terminate()
+                raise
+
+
+def worker_count(arguments: CompareArguments) -> int:
+    """
+    Runs at a time: as asked for, else one a GPU, else one a CPU core.
+
+    Args:
+        arguments (`CompareArguments`): Read for `jobs`.
+    Returns:
+        `int`: At least 1.
+    """
+    if arguments.jobs is not None:
+        return arguments.jobs
+    if torch.cuda.is_available():
+        return torch.cuda.device_count()
+    return cpu_cores()
+
+
+def cpu_cores() -> int:
+    """
+    Cores that this process may use, which in a container can be fewer than the machine has.
+
+    Returns:
+        `int`: At least 1.
+    """
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Progress:
+    """
+    One line for every run that ends: result, count, elapsed and remaining time.
+
+    Args:
+        arguments (`CompareArguments`): The comparison.
+        algorithms (`dict[str, str | None]`): Algorithm of every run of the comparison, by name.
+        done (`set[str]`): Runs that were already done.
+    """
+
+    def __init__(self, arguments: CompareArguments, algorithms: dict[str, str | None], done: set[str]):
+        self.arguments = arguments
+        self.algorithms = algorithms
+        self.open = set(algorithms) - done
+        self.failed: list[str] = []
+        self.seconds: dict = {}
+        self.started = time.monotonic()
+
+    def ended(self, run: Run, error: str | None) -> None:
+        """
+        Prints a run's line.
+
+        Args:
+            run (`Run`): What ended.
+            error (`str`, *optional*): Why it failed, if it did.
+        """
+        self.open.discard(run.name)
+        if error is not None:
+            self.failed.append(run.name)
+            result = f"FAILED: {error} (log: {self.arguments.work / run.name / 'log.txt'})"
+        else:
+            record = run.kept(self.arguments)
+            self.seconds.setdefault(run.algorithm, []).append(record["wall_seconds"])
+            metrics = record.get("metrics", {})
+            kinds = [kind for kind in ("greedy", "sampled") if kind in metrics]
+            shown = [f"{kind} {metrics[kind]['strict']['accuracy']:.1%}" for kind in kinds] or ["done"]
+            result = f"{', '.join(shown)} ({record['wall_seconds']:.0f} s)"
+        elapsed = timedelta(seconds=round(time.monotonic() - self.started))
+        done = len(self.algorithms) - len(self.open)
+        print(f"[{done}/{len(self.algorithms)}] {run.name}: {result}; elapsed {elapsed}{self._left()}", flush=True)
+
+    def _left(self) -> str:
+        known = [seconds for values in self.seconds.values() for seconds in values]
+        if not self.open or not known:
+            return ""
+        means = {algorithm: sum(values) / len(values) for algorithm, values in self.seconds.items()}
+        total = sum(means.get(self.algorithms[name], sum(known) / len(known)) for name in self.open)
+        return f", about {timedelta(seconds=math.ceil(total / min(worker_count(self.arguments), len(self.open))))} left"
