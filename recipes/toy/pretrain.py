@@ -10,10 +10,11 @@ It writes the model, the tokenizer and `report.json`: what was run and what the 
 transformers, tokenizers and numpy only.
 """
 
-import importlib.util
+import importlib
 import json
 import math
 import platform
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -45,12 +46,13 @@ CPU_ROWS = (
 
 
 def _load_gsm8k():
-    """Loads the task module by its path: importing the package would need peft, which pretraining does not."""
-    path = HERE.parents[1] / "trl_tinylora" / "tasks" / "gsm8k.py"
-    spec = importlib.util.spec_from_file_location("gsm8k", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """Imports the tasks as a package of its own: the whole one would need peft, which pretraining does not."""
+    package = str(HERE.parents[1] / "trl_tinylora")
+    sys.path.insert(0, package)
+    try:
+        return importlib.import_module("tasks.gsm8k")
+    finally:
+        sys.path.remove(package)
 
 
 gsm8k = _load_gsm8k()

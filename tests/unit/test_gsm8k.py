@@ -213,3 +213,37 @@ def test_rl_and_sft_share_the_prompt_and_grade_right():
     assert rl["prompt"][:] == sft["prompt"][:]
     assert [turns[0]["content"] for turns in sft["completion"]] == rows["answer"][:]
     assert gsm8k.strict_reward(sft["completion"], answer=rl["answer"]) == [1.0] * len(rows)
+
+
+@pytest.mark.parametrize(
+    "completion, strict, last_number, flexible",
+    [
+        pytest.param("#### 72", True, True, True, id="marker"),
+        pytest.param("#### 72 in 2 days", True, False, True, id="a number after the marked one"),
+        pytest.param("#### 71, or 72", False, True, False, id="the marker counts"),
+        pytest.param(r"\boxed{72} of 80", False, False, True, id="box, then a number"),
+        pytest.param(r"\boxed{\frac{144}{2}}", False, False, True, id="LaTeX in a box"),
+        pytest.param("so 72.", False, True, True, id="number only"),
+        pytest.param("", False, False, False, id="empty completion"),
+    ],
+)
+def test_three_gradings_stand_side_by_side(completion, strict, last_number, flexible):
+    graded = gsm8k.grade(completion, "72")
+    assert graded == {"strict": strict, "last_number": last_number, "flexible": flexible}
+    assert gsm8k.strict_reward([completion], answer=["72"]) == [float(strict)]
+
+
+def test_the_format_reward_pays_for_the_marker_right_or_wrong():
+    texts = ["#### 72", "#### 1", "####", "#### none", "72"]
+    conversations = [[{"role": "assistant", "content": text}] for text in texts]
+    assert gsm8k.format_reward(conversations, answer=["72"] * 5) == [1.0, 1.0, 0.0, 0.0, 0.0]
+    assert [gsm8k.has_marker(text) for text in texts] == [True, True, False, False, False]
+
+
+def test_a_system_prompt_stands_before_the_question_in_both_arms():
+    rows = gsm8k.load_rows(str(SAMPLE), split="train", limit=2)
+    rl, sft = gsm8k.for_rl(rows, "Be brief."), gsm8k.for_sft(rows, "Be brief.")
+    assert rl["prompt"][:] == sft["prompt"][:]
+    assert [turn["role"] for turn in rl[0]["prompt"]] == ["system", "user"]
+    assert rl[0]["prompt"][0]["content"] == "Be brief."
+    assert rl[0]["prompt"][1:] == gsm8k.build_prompt(rows[0]["question"])

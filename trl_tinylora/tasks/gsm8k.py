@@ -14,11 +14,12 @@ numbers, not as strings; a "$", a minus before it and any blanks may stand befor
 read, not its last 300 characters.
 """
 
-import json
 import re
 from decimal import Decimal
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .answers import NUMBER, digits, is_equal, last_box, last_number, plain_minus, texts_of
+from .rows import id_of, read_rows, text_in, to_prompts
 
 
 if TYPE_CHECKING:
@@ -28,23 +29,21 @@ if TYPE_CHECKING:
 # https://github.com/volcengine/verl/blob/030a519ae51a9916b9debd99c6def5f4d83f991f/examples/data_preprocess/gsm8k.py
 INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
 
-# A minus after a word, a digit or a bracket is a subtraction or a range ("48-24"), not a sign.
-_NUMBER = r"((?:(?<![\w)])-)?(?:\\?\$ ?-?)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+))"
-_ANY_NUMBER = re.compile(_NUMBER)
-_MARKED_NUMBER = re.compile(r"####[ \t]*" + _NUMBER)
-_NUMBER_WITH_UNIT = re.compile(r"\s*" + _NUMBER + r"(?:[^\d\\]|\\%)*")
-_BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
+_MARKED_NUMBER = re.compile(r"####[ \t]*" + NUMBER)
+_NUMBER_WITH_UNIT = re.compile(r"\s*" + NUMBER + r"(?:[^\d\\]|\\%)*")
 
 
-def build_prompt(question: str) -> list[dict[str, str]]:
+def build_prompt(question: str, system_prompt: str | None = None) -> list[dict[str, str]]:
     """One user turn: the question and VERL's instruction to end with "####".
 
     Args:
         question (`str`): The problem's text.
+        system_prompt (`str`, *optional*): A system turn before it; without one, there is none.
     Returns:
-        `list[dict[str, str]]`: A conversation of one user turn.
+        `list[dict[str, str]]`: A conversation that ends in the user turn.
     """
-    return [{"role": "user", "content": f"{question} {INSTRUCTION}"}]
+    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    return [*system, {"role": "user", "content": f"{question} {INSTRUCTION}"}]
 
 
 def gold_answer(answer: str) -> str:
@@ -74,8 +73,8 @@ def extract_strict(completion: str) -> str | None:
     Returns:
         `str` or `None`: Plain digits with sign and decimals, as in "-1080.5".
     """
-    numbers = _MARKED_NUMBER.findall(_plain_minus(completion))
-    return _digits(numbers[-1]) if numbers else None
+    numbers = _MARKED_NUMBER.findall(plain_minus(completion))
+    return digits(numbers[-1]) if numbers else None
 
 
 def extract_flexible(completion: str) -> str | None:
@@ -86,20 +85,13 @@ def extract_flexible(completion: str) -> str | None:
     Returns:
         `str` or `None`: A number, or a box's content as written, which may be LaTeX.
     """
-    strict = extract_strict(completion)
-    if strict is not None:
-        return strict
-    boxes = [box.strip() for box in _BOXED.findall(completion) if box.strip()]
-    if boxes:
-        return boxes[-1]
-    numbers = _ANY_NUMBER.findall(_plain_minus(completion))
-    return _digits(numbers[-1]) if numbers else None
+    return extract_strict(completion) or last_box(completion) or last_number(completion)
 
 
 def is_correct(extracted: str | None, gold: str) -> bool:
     r"""Whether an extracted answer equals the gold number in value: "72.0", "$72", "72%" and "72 clips." equal "72".
 
-    What is not a number with a unit (`\frac{144}{2}`) is compared by `math_verify`.
+    What is not a number with a unit (`\frac{144}{2}`) is compared by math-verify.
 
     Args:
         extracted (`str` or `None`): What [`extract_strict`] or [`extract_flexible`] returned.
@@ -108,7 +100,7 @@ def is_correct(extracted: str | None, gold: str) -> bool:
         `bool`: `False` for `None`.
     Raises:
         ValueError: If `gold` is not a number.
-        ImportError: If `extracted` needs `math_verify` and it is not installed.
+        ImportError: If `extracted` needs math-verify and it is not installed.
     """
     gold_value = _value(gold)
     if gold_value is None:
@@ -116,15 +108,38 @@ def is_correct(extracted: str | None, gold: str) -> bool:
     if extracted is None:
         return False
     value = _value(extracted)
-    if value is not None:
-        return value == gold_value
-    try:
-        from math_verify import parse, verify
-    except ImportError as error:
-        raise ImportError(
-            f"grading the answer {extracted!r} needs math-verify: pip install 'trl-tinylora[recipes]'"
-        ) from error
-    return verify(parse(str(gold_value)), parse(rf"\boxed{{{extracted}}}"))
+    return value == gold_value if value is not None else is_equal(extracted, str(gold_value))
+
+
+def grade(completion: str, gold: str) -> dict[str, bool]:
+    r"""Whether a completion is correct by each of the three gradings.
+
+    "strict" reads the number after the last "####", "last_number" the last number anywhere whatever stands before it,
+    "flexible" the marker's number, without one the last `\boxed{...}`, without that the last number.
+
+    Args:
+        completion (`str`): The text the model wrote.
+        gold (`str`): The gold number.
+    Returns:
+        `dict[str, bool]`: By "strict", "last_number" and "flexible".
+    """
+    found = {
+        "strict": extract_strict(completion),
+        "last_number": last_number(completion),
+        "flexible": extract_flexible(completion),
+    }
+    return {grading: is_correct(answer, gold) for grading, answer in found.items()}
+
+
+def has_marker(completion: str) -> bool:
+    """Whether a number follows a "####" on its line.
+
+    Args:
+        completion (`str`): The text the model wrote.
+    Returns:
+        `bool`
+    """
+    return extract_strict(completion) is not None
 
 
 def strict_reward(completions: list[Any], answer: list[str], **kwargs: Any) -> list[float]:
@@ -137,8 +152,20 @@ def strict_reward(completions: list[Any], answer: list[str], **kwargs: Any) -> l
     Returns:
         `list[float]`: One reward a completion.
     """
-    texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
-    return [float(is_correct(extract_strict(text), gold)) for text, gold in zip(texts, answer, strict=True)]
+    pairs = zip(texts_of(completions), answer, strict=True)
+    return [float(is_correct(extract_strict(text), gold)) for text, gold in pairs]
+
+
+def format_reward(completions: list[Any], **kwargs: Any) -> list[float]:
+    """1.0 where a number follows a "####", right or wrong, else 0.0: a control that pays for the format alone.
+
+    Args:
+        completions (`list[str]` or `list[list[dict[str, str]]]`): Texts, or conversations that end in the model's turn.
+        kwargs: The other columns and values that TRL hands to every reward function; unused.
+    Returns:
+        `list[float]`: One reward a completion.
+    """
+    return [float(has_marker(text)) for text in texts_of(completions)]
 
 
 def load_rows(dataset_name: str, split: str, config: str | None = None, limit: int | None = None) -> "Dataset":
@@ -150,107 +177,54 @@ def load_rows(dataset_name: str, split: str, config: str | None = None, limit: i
         config (`str`, *optional*): The Hub data set's configuration; "openai/gsm8k" is read as "main" without one.
         limit (`int`, *optional*): Keep the first `limit` rows.
     Returns:
-        `datasets.Dataset`: Columns `question` and `answer`.
+        `datasets.Dataset`: Columns `question` and `answer`, and `id` if every row has one.
     Raises:
         FileNotFoundError: If the file or the split's file does not exist.
         ValueError: If a row cannot be read, lacks a column or has no gold number, or if `limit` is below 1.
     """
-    from datasets import Dataset, load_dataset
-
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1, got {limit}")
-    path = Path(dataset_name)
-    if path.is_dir():
-        path = path / f"{split}.jsonl"
-    is_local = path.suffix in {".jsonl", ".json"} or path.is_absolute() or dataset_name.startswith(".")
-    if is_local:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist (dataset_name={dataset_name!r}, split={split!r})")
-        rows = _read_json(path)
-    else:
-        if config is None and dataset_name == "openai/gsm8k":
-            config = "main"
-        rows = load_dataset(dataset_name, config, split=split)
-    source = str(path) if is_local else f"{dataset_name} ({split})"
-    checked = [_check_row(row, number, source) for number, row in enumerate(rows, start=1)][:limit]
-    if not checked:
-        raise ValueError(f"{source} holds no rows")
-    return Dataset.from_list(checked)
+    return read_rows(dataset_name, split, config, limit, _check_row)
 
 
-def for_rl(dataset: "Dataset") -> "Dataset":
+def for_rl(dataset: "Dataset", system_prompt: str | None = None) -> "Dataset":
     """Rows for GRPO: `prompt` (conversation) and `answer` (gold number).
 
     Args:
         dataset (`datasets.Dataset`): Rows of [`load_rows`].
+        system_prompt (`str`, *optional*): As of [`build_prompt`].
     Returns:
         `datasets.Dataset`: Columns `prompt` and `answer`.
     """
-    return dataset.map(
-        lambda row: {"prompt": build_prompt(row["question"]), "answer": gold_answer(row["answer"])},
-        remove_columns=["question"],
+    return to_prompts(
+        dataset,
+        prompt=lambda row: build_prompt(row["question"], system_prompt),
+        answer=lambda row: gold_answer(row["answer"]),
     )
 
 
-def for_sft(dataset: "Dataset") -> "Dataset":
+def for_sft(dataset: "Dataset", system_prompt: str | None = None) -> "Dataset":
     """Rows for SFT: `prompt` (the same conversation as in RL) and `completion` (the whole gold answer).
 
     Args:
         dataset (`datasets.Dataset`): Rows of [`load_rows`].
+        system_prompt (`str`, *optional*): As of [`build_prompt`].
     Returns:
         `datasets.Dataset`: Columns `prompt` and `completion`.
     """
-    return dataset.map(
-        lambda row: {
-            "prompt": build_prompt(row["question"]),
-            "completion": [{"role": "assistant", "content": row["answer"]}],
-        },
-        remove_columns=["question", "answer"],
+    return to_prompts(
+        dataset,
+        prompt=lambda row: build_prompt(row["question"], system_prompt),
+        completion=lambda row: [{"role": "assistant", "content": row["answer"]}],
     )
-
-
-def _plain_minus(text: str) -> str:
-    """Writes the minus sign U+2212 as a hyphen."""
-    return text.replace("\u2212", "-")
-
-
-def _digits(number: str) -> str:
-    """Drops the commas and "$" of a matched number."""
-    return re.sub(r"[,$\\ ]", "", number)
 
 
 def _value(text: str) -> Decimal | None:
     """The value of a number with an optional unit, `None` for anything else."""
-    match = _NUMBER_WITH_UNIT.fullmatch(_plain_minus(text))
-    return Decimal(_digits(match[1])) if match else None
+    match = _NUMBER_WITH_UNIT.fullmatch(plain_minus(text))
+    return Decimal(digits(match[1])) if match else None
 
 
-def _read_json(path: Path) -> list[Any]:
-    """Rows of a JSON array or of JSON lines; blank lines are an error, so that row and line numbers agree."""
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json":
-        rows = json.loads(text)
-        if not isinstance(rows, list):
-            raise ValueError(f"{path} must hold a JSON array of rows, got {type(rows).__name__}")
-        return rows
-    rows = []
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, row {number}: not JSON: {error}") from error
-    return rows
-
-
-def _check_row(row: Any, number: int, source: str) -> dict[str, str]:
+def _check_row(row: dict) -> dict[str, str]:
     """The row's question and answer, once both are known to be text and to hold a gold number."""
-    if not isinstance(row, dict):
-        raise ValueError(f"{source}, row {number}: must be an object with question and answer, got {row!r}")
-    missing = [name for name in ("question", "answer") if not isinstance(row.get(name), str)]
-    if missing:
-        raise ValueError(f"{source}, row {number}: no text in column {missing}; it has {sorted(row)}")
-    try:
-        gold_answer(row["answer"])
-    except ValueError as error:
-        raise ValueError(f"{source}, row {number}: {error}") from error
-    return {"question": row["question"], "answer": row["answer"]}
+    kept = {name: text_in(row, name) for name in ("question", "answer")}
+    gold_answer(kept["answer"])
+    return kept | id_of(row)

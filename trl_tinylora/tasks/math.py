@@ -1,0 +1,235 @@
+r"""MATH and its like (Hendrycks et al., arXiv:2103.03874): prompt, gold answer, grading, rewards and loading.
+
+A row, as HuggingFaceH4/MATH-500 publishes it:
+
+    {"problem": "What is the smallest positive perfect cube that can be written as the sum of three consecutive ...",
+     "solution": "The sum of three consecutive integers takes the form ... $\\boxed{27}$ ...", "answer": "27", ...}
+
+The paper (Morris et al., arXiv:2602.04118, section 5) follows SimpleRL-Zoo (Zeng et al., arXiv:2503.18892) with its
+"qwen-boxed" template, which is the prompt here, and rewards an exact match. SimpleRL's own reward also pays 0.5 for a
+right answer without a box and -0.5 for a wrong one in a box; that is not done here. Its published training rows are
+said to hold `\boxed{{}}` in the prompt, an unformatted template; their `question` column is read, not their prompt.
+Answers are compared by math-verify, see [`~trl_tinylora.tasks.answers`]. The marker of this task is the box.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from .answers import is_equal, last_box, last_number, texts_of
+from .benchmarks import published_as
+from .rows import id_of, read_rows, text_in, to_prompts
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# https://github.com/hkust-nlp/simpleRL-reason, "qwen-boxed".
+SYSTEM_PROMPT = "You are a helpful assistant."
+INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
+# The first one that a row has; in SimpleRL's rows `answer` need not be the gold answer.
+QUESTION_COLUMNS = ("problem", "question")
+ANSWER_COLUMNS = ("gt_answer", "final_answer", "answer", "solution")
+
+
+def build_prompt(question: str, system_prompt: str | None = None) -> list[dict[str, str]]:
+    r"""SimpleRL's "qwen-boxed" prompt: a system turn, then the question and the instruction to end with `\boxed{}`.
+
+    Args:
+        question (`str`): The problem's text.
+        system_prompt (`str`, *optional*): Instead of [`SYSTEM_PROMPT`].
+    Returns:
+        `list[dict[str, str]]`: A conversation that ends in the user turn.
+    """
+    return [
+        {"role": "system", "content": SYSTEM_PROMPT if system_prompt is None else system_prompt},
+        {"role": "user", "content": f"{question}\n{INSTRUCTION}"},
+    ]
+
+
+def gold_answer(answer: str) -> str:
+    r"""The gold answer of a row's text: what its last `\boxed{...}` holds, or all of it, without dollars around it.
+
+    Args:
+        answer (`str`): An answer or a whole solution.
+    Returns:
+        `str`: LaTeX or text.
+    Raises:
+        ValueError: If it is blank.
+    """
+    gold = (last_box(answer) or answer).strip()
+    if len(gold) > 1 and gold[0] == gold[-1] == "$" and "$" not in gold[1:-1]:
+        gold = gold[1:-1].strip()
+    if not gold:
+        raise ValueError(f"the gold answer is blank: {answer!r}")
+    return gold
+
+
+def grade(completion: str, gold: str) -> dict[str, bool]:
+    r"""Whether a completion is correct by each of the three gradings.
+
+    "strict" reads the last `\boxed{...}`, "last_number" the last number anywhere whatever stands before it, "flexible"
+    the box, and without one whatever math-verify finds: a stated final answer, the last formula, the last number.
+
+    Args:
+        completion (`str`): The text the model wrote.
+        gold (`str`): The gold answer.
+    Returns:
+        `dict[str, bool]`: By "strict", "last_number" and "flexible".
+    Raises:
+        ImportError: If math-verify is not installed.
+    """
+    box, number = last_box(completion), last_number(completion)
+    strict = box is not None and is_equal(box, gold)
+    return {
+        "strict": strict,
+        "last_number": number is not None and is_equal(number, gold),
+        "flexible": strict if box is not None else _is_found(completion, gold),
+    }
+
+
+def has_marker(completion: str) -> bool:
+    r"""Whether there is a `\boxed{...}` that is closed and not empty.
+
+    Args:
+        completion (`str`): The text the model wrote.
+    Returns:
+        `bool`
+    """
+    return last_box(completion) is not None
+
+
+def strict_reward(completions: list[Any], answer: list[str], **kwargs: Any) -> list[float]:
+    r"""1.0 where the last `\boxed{...}` equals the gold answer, else 0.0: TRL reward and strict grading.
+
+    Args:
+        completions (`list[str]` or `list[list[dict[str, str]]]`): Texts, or conversations that end in the model's turn.
+        answer (`list[str]`): Gold answers, one a completion: the `answer` column of [`for_rl`].
+        kwargs: The other columns and values that TRL hands to every reward function; unused.
+    Returns:
+        `list[float]`: One reward a completion.
+    """
+    boxes = [last_box(text) for text in texts_of(completions)]
+    return [float(box is not None and is_equal(box, gold)) for box, gold in zip(boxes, answer, strict=True)]
+
+
+def format_reward(completions: list[Any], **kwargs: Any) -> list[float]:
+    r"""1.0 where the last `\boxed{...}` holds what math-verify can read, right or wrong, else 0.0: a control.
+
+    Args:
+        completions (`list[str]` or `list[list[dict[str, str]]]`): Texts, or conversations that end in the model's turn.
+        kwargs: The other columns and values that TRL hands to every reward function; unused.
+    Returns:
+        `list[float]`: One reward a completion.
+    """
+    boxes = [last_box(text) for text in texts_of(completions)]
+    return [float(box is not None and bool(_read(rf"\boxed{{{box}}}"))) for box in boxes]
+
+
+def load_rows(dataset_name: str, split: str, config: str | None = None, limit: int | None = None) -> "Dataset":
+    """Checked rows with the columns `question` and `answer`, from a file, a folder or the Hub.
+
+    Of a data set in [`~trl_tinylora.tasks.benchmarks.BENCHMARKS`], its columns there are read. Of any other, and of
+    files, the first of [`QUESTION_COLUMNS`] and of [`ANSWER_COLUMNS`] that a row has, so that a file in the format of
+    any of them is read. Rows without a gold answer are left out, with a warning that counts them.
+
+    Args:
+        dataset_name (`str`): A `.jsonl` or `.json` file, a folder that holds `{split}.jsonl`, or a name on the Hub.
+        split (`str`): Split to load; a single file is taken as this split.
+        config (`str`, *optional*): The Hub data set's configuration; those of the table need none.
+        limit (`int`, *optional*): Keep the first `limit` rows.
+    Returns:
+        `datasets.Dataset`: Columns `question` and `answer` (gold answer); `id`, and `solution` with its box, if every
+        row has them.
+    Raises:
+        FileNotFoundError: If the file or the split's file does not exist.
+        ValueError: If a row cannot be read or lacks a column, or if `limit` is below 1.
+    """
+    known = published_as(dataset_name)
+    question_columns = (known.question,) if known else QUESTION_COLUMNS
+    answer_columns = (known.answer,) if known else ANSWER_COLUMNS
+
+    def check(row):
+        question = text_in(row, next((name for name in question_columns if name in row), question_columns[-1]))
+        column = next((name for name in answer_columns if name in row), None)
+        if column is None:
+            raise ValueError(f"no column {' or '.join(answer_columns)}; it has {sorted(row)}")
+        answer = _as_text(row[column], column)
+        if column == "solution" and last_box(answer) is None:
+            raise ValueError(rf"the solution has no \boxed{{}}: {answer!r}")
+        if not answer.strip():
+            return None
+        kept = {"question": question, "answer": gold_answer(answer)} | id_of(row)
+        solution = row.get("solution")
+        has_solution = isinstance(solution, str) and last_box(solution) is not None
+        return kept | ({"solution": solution} if has_solution else {})
+
+    return read_rows(dataset_name, split, config, limit, check)
+
+
+def for_rl(dataset: "Dataset", system_prompt: str | None = None) -> "Dataset":
+    """Rows for GRPO: `prompt` (conversation) and `answer` (gold answer).
+
+    Args:
+        dataset (`datasets.Dataset`): Rows of [`load_rows`].
+        system_prompt (`str`, *optional*): As of [`build_prompt`].
+    Returns:
+        `datasets.Dataset`: Columns `prompt` and `answer`.
+    """
+    return to_prompts(
+        dataset,
+        prompt=lambda row: build_prompt(row["question"], system_prompt),
+        answer=lambda row: gold_answer(row["answer"]),
+    )
+
+
+def for_sft(dataset: "Dataset", system_prompt: str | None = None) -> "Dataset":
+    r"""Rows for SFT: `prompt` (the same conversation as in RL) and `completion` (the solution, or the boxed answer).
+
+    SimpleRL's rows have no solutions: what is learnt from them is to answer without a reasoning.
+
+    Args:
+        dataset (`datasets.Dataset`): Rows of [`load_rows`], or with whole solutions as `answer`.
+        system_prompt (`str`, *optional*): As of [`build_prompt`].
+    Returns:
+        `datasets.Dataset`: Columns `prompt` and `completion`.
+    """
+
+    def worked(row):
+        text = row.get("solution", row["answer"])
+        return text if last_box(text) is not None else rf"\boxed{{{text}}}"
+
+    return to_prompts(
+        dataset,
+        prompt=lambda row: build_prompt(row["question"], system_prompt),
+        completion=lambda row: [{"role": "assistant", "content": worked(row)}],
+    )
+
+
+def _read(text: str) -> list:
+    """What math-verify reads in a text; empty if nothing."""
+    import threading
+
+    from math_verify import parse
+
+    # Its time limit is a signal, which only the main thread can take.
+    in_main = threading.current_thread() is threading.main_thread()
+    return parse(text, parsing_timeout=5 if in_main else None)
+
+
+def _is_found(completion: str, gold: str) -> bool:
+    """Whether what math-verify finds in a text without a box is the gold answer."""
+    # A box that is empty, or that the limit cut, is not to hide what else is there.
+    found = _read(completion.replace(r"\boxed", ""))
+    return bool(found) and is_equal(found[-1], gold)
+
+
+def _as_text(value: Any, column: str) -> str:
+    """A gold answer as text: AMC's are numbers, OlympiadBench's are lists of texts."""
+    if value is None:
+        return ""
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return ", ".join(gold_answer(item) for item in value if item.strip())
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(int(value)) if value == int(value) else str(value)
+    if not isinstance(value, str):
+        raise ValueError(f"column {column!r} must hold a text, a number or a list of texts, got {value!r}")
+    return value
