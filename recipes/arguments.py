@@ -96,7 +96,9 @@ class AdapterArguments:
     projection: str | None = field(default=None, metadata={"help": "'gaussian' or 'basis'."})
     projection_seed: int | None = field(default=None, metadata={"help": "Seed of the fixed random projections."})
     target_modules: list[str] | None = field(default=None, metadata={"help": "Modules that TinyLoRA adapts."})
-    kept_dtype: str | None = field(default=None, metadata={"help": "Dtype that the values are rounded to at each step."})
+    kept_dtype: str | None = field(
+        default=None, metadata={"help": "Dtype that the values are rounded to at each step."}
+    )
 
     def __post_init__(self):
         if self.adapter not in ("tinylora", "lora", "full"):
@@ -109,7 +111,7 @@ class AdapterArguments:
         chosen = self.tinylora_fields()
         if self.adapter != "tinylora":
             given = {("kept_dtype" if name == "save_dtype" else name): value for name, value in chosen.items()}
-            given |= ({"n_values": self.n_values} if self.n_values is not None else {})
+            given |= {"n_values": self.n_values} if self.n_values is not None else {}
             if given:
                 raise ValueError(
                     f"{_listed(given)} belongs to adapter='tinylora', but adapter is {self.adapter!r}: drop it, or set "

@@ -121,7 +121,9 @@ def _draw_samples(run: Run, folder: Path) -> dict:
     kept: dict[int, dict] = {}
     for line in read_completions(folder / "completions.jsonl"):
         if line["kind"] == "sampled" and line["strict"] and line["problem"] not in kept:
-            kept[line["problem"]] = {"question": rows[line["problem"]]["question"], "answer": line["completion"]}
+            # GSM8K's demonstrations are in its answers, MATH's in its solutions.
+            own = dict.fromkeys(("answer", "solution"), line["completion"])
+            kept[line["problem"]] = {"question": rows[line["problem"]]["question"]} | own
     if not kept:
         raise ValueError(
             f"none of {metrics['samples']} samples of {len(rows)} problems is right: there is nothing of its own to "

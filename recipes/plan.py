@@ -122,7 +122,7 @@ class CompareArguments(GenerationArguments):
                     f"{sorted(size)} with arguments {sorted(size.get('arguments', {}))}"
                 )
         for name, arm in self.arms.items():
-            self._check_keys("arms", name, arm, ARM_KEYS)
+            self._check_keys("arms", name, arm, ARM_KEYS, {"label", "recipe"})
             if Path(arm.get("recipe", "")).stem not in RECIPES:
                 raise ValueError(
                     f"arms[{name!r}].recipe must be a grpo.yaml or an sft.yaml, got {arm.get('recipe')!r}: the name "
@@ -134,7 +134,8 @@ class CompareArguments(GenerationArguments):
             kind = control.get("kind")
             if kind not in CONTROLS:
                 raise ValueError(f"controls[{name!r}].kind must be one of {sorted(CONTROLS)}, got {kind!r}")
-            self._check_keys("controls", name, control, {"label", "kind"} | CONTROLS[kind], CONTROLS[kind])
+            needed = {"label", "kind"} | CONTROLS[kind]
+            self._check_keys("controls", name, control, needed, needed)
             self._check_known("controls", name, "size", [control["size"]] if "size" in control else [], self.sizes)
             self._check_known("controls", name, "of", [control["of"]] if "of" in control else [], self.arms)
         if self.landscape:
@@ -144,12 +145,10 @@ class CompareArguments(GenerationArguments):
             self._check_known("landscape", "", "of", self.landscape["of"], self.arms)
 
     @staticmethod
-    def _check_keys(kind, name, given, known, needed=()):
+    def _check_keys(kind, name, given, known, needed):
         if set(given) - set(known) or set(needed) - set(given):
             where = f"{kind}[{name!r}]" if name else kind
-            raise ValueError(
-                f"{where} may hold {sorted(known)} and needs {sorted(needed or ['label', 'recipe'])}; got {sorted(given)}"
-            )
+            raise ValueError(f"{where} may hold {sorted(known)} and needs {sorted(needed)}; got {sorted(given)}")
 
     @staticmethod
     def _check_known(kind, name, key, given, known):

@@ -43,7 +43,6 @@ def parse(name, output_dir, **changes):
     return trl.TrlParser(SCRIPTS[name].ARGUMENTS).parse_dict(settings)
 
 
-
 def test_there_are_recipes_to_test():
     assert {path.stem for path in RECIPE_FILES} == {"grpo", "sft"}
 
