@@ -40,14 +40,22 @@ class KeptDtype(TrainerCallback):
 
 
 class TrainedPath(TrainerCallback):
-    """Where training went: TinyLoRA's values before the first step and after each one, and the seconds it took."""
+    """
+    Where training went: TinyLoRA's values before the first step and after each one, and the seconds it took.
 
-    def __init__(self):
+    Args:
+        max_values (`int`): Paths of more values are left empty.
+    """
+
+    def __init__(self, max_values: int):
+        self.max_values = max_values
         self.points: list[list[float]] = []
         self.seconds = 0.0
 
     def _note(self, model):
-        self.points.append([number for values in trained_values(model) for number in values.flatten().tolist()])
+        trained = trained_values(model)
+        if 0 < sum(values.numel() for values in trained) <= self.max_values:
+            self.points.append([number for values in trained for number in values.flatten().tolist()])
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         self._started = time.perf_counter()

@@ -179,7 +179,7 @@ def _train(run: Run, folder: Path) -> dict:
         # Drawn from the training problems; the test problems stay those of `run.evaluation`.
         settings["dataset_name"] = str(folder.parent / run.options["samples"])
     parsed = trl.TrlParser(recipe.ARGUMENTS).parse_dict(settings)
-    path = TrainedPath()
+    path = TrainedPath(MAX_PATH_VALUES)
     trainer = recipe.main(*parsed, callbacks=[path])
     args, state = trainer.args, trainer.state
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -211,7 +211,7 @@ def _train(run: Run, folder: Path) -> dict:
         "curve": {"step": [entry["step"] for entry in logs]}
         | {key: [_number(entry.get(key)) for entry in logs] for key in CURVES if any(key in entry for entry in logs)},
     }
-    if 0 < count <= MAX_PATH_VALUES:
+    if path.points:
         record["path"] = path.points
     return record | {"metrics": _metrics(run, model, trainer.processing_class, folder)}
 
