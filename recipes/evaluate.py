@@ -1,79 +1,103 @@
-"""Accuracy on problems with GSM8K's columns: of a model, with or without an adapter, greedy and sampled.
+"""Accuracy of a model, with or without an adapter, on GSM8K, MATH-like benchmarks and files in their formats.
 
     python recipes/evaluate.py --model_name_or_path recipes/toy/base --adapter_path results/toy-grpo-13 \
         --dataset_name recipes/toy/data --output_dir results/toy-grpo-13/evaluation
+    python recipes/evaluate.py --model_name_or_path Qwen/Qwen2.5-3B-Instruct --dtype bfloat16 --max_new_tokens 3072 \
+        --benchmark gsm8k,math500,aime24 --output_dir results/qwen2.5-3b-untrained
 
-Writes `metrics.json` and, one line a completion, `completions.jsonl`. "Strict" counts a number after "####" only and
-is the reward of training; "flexible" falls back on a boxed or the last number, so that what is gained in format alone
-can be told from what is gained in answers.
+Three gradings stand side by side. "Strict" counts an answer only where the prompt asks for it ("#### n" or a box) and
+is the reward of training; "flexible" falls back on a box or what else there is; "last_number" reads the last number
+whatever the format. What is gained in format alone can so be told from what is gained in answers.
+
+Every completion is kept in `completions.jsonl`. The same command continues an interrupted evaluation; with `--regrade`
+the completions are graded anew and nothing is generated. `metrics.json` holds settings, commit, versions and metrics.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import statistical
 import torch
 import transformers
 import trl
-from arguments import RecipeArguments
-from scipy import stats
+from completions import KINDS, CompletionsFile, digest_of, read_lines, read_settings, stamp, write_text
+from generation import GenerationArguments, TransformersGenerator, VllmGenerator, load_model, refuse_missing_vllm
 from tqdm.auto import tqdm
 
 import trl_tinylora  # noqa: F401 - PEFT loads a TinyLoRA adapter only once the package has registered it
-from trl_tinylora.files import written_whole
-from trl_tinylora.tasks import gsm8k
+from trl_tinylora.tasks import get_task
+from trl_tinylora.tasks.benchmarks import Benchmark, get_benchmark
 
 
-@dataclass
-class GenerationArguments:
-    """
-    How completions are generated and counted.
-
-    Args:
-        samples (`int`, *optional*, defaults to `4`): Samples a problem, beside the greedy completion; 0 for none.
-        temperature (`float`, *optional*, defaults to `1.0`): Of the samples.
-        max_new_tokens (`int`, *optional*, defaults to `512`): Limit of a completion.
-        eval_batch_size (`int`, *optional*, defaults to `64`): Completions generated at once.
-        eval_seed (`int`, *optional*, defaults to `0`): Seed of the samples and of the bootstrap.
-    Raises:
-        ValueError: If a value is out of its bounds.
-    """
-
-    samples: int = field(default=4, metadata={"help": "Samples a problem, beside the greedy completion; 0 for none."})
-    temperature: float = field(default=1.0, metadata={"help": "Temperature of the samples."})
-    max_new_tokens: int = field(default=512, metadata={"help": "Limit of a completion, in tokens."})
-    eval_batch_size: int = field(default=64, metadata={"help": "Completions generated at once."})
-    eval_seed: int = field(default=0, metadata={"help": "Seed of the samples and of the bootstrap."})
-
-    def __post_init__(self):
-        for name, bound in (("samples", 0), ("max_new_tokens", 1), ("eval_batch_size", max(1, self.samples))):
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name} must be at least {bound}, got {getattr(self, name)}")
-        if self.temperature <= 0:
-            raise ValueError(
-                f"temperature must be above 0, got {self.temperature}: the greedy completion is always generated"
-            )
+GRADINGS = ("strict", "last_number", "flexible")
 
 
 @dataclass
 class EvaluationArguments(GenerationArguments):
     """
-    Adds what is evaluated and where the answer goes.
+    Adds what is evaluated, on what, and where the answer goes.
 
     Args:
+        task (`str`, *optional*): Whose prompt and grading; by default the benchmark's, `"gsm8k"` for a dataset.
+        benchmark (`list[str]`, *optional*): Published data sets, also separated by commas; each gets its own folder.
+        dataset_name (`str`, *optional*): Instead: a JSONL file, a folder of `{split}.jsonl` files or a name on the Hub.
+        dataset_config (`str`, *optional*): Its configuration on the Hub.
+        dataset_test_split (`str`, *optional*, defaults to `"test"`): Its split.
+        limit (`int`, *optional*): Take only the first `limit` rows.
         adapter_path (`str`, *optional*): Folder or Hub name of an adapter of the model.
+        backend (`str`, *optional*, defaults to `"transformers"`): `"transformers"` or `"vllm"`.
+        regrade (`bool`, *optional*, defaults to `False`): Grade the completions in `output_dir` anew; no model is read.
         output_dir (`str`, *optional*, defaults to `"results/evaluation"`): For `metrics.json` and `completions.jsonl`.
+    Raises:
+        ValueError: If two arguments contradict each other or a name is unknown.
     """
 
+    task: str | None = field(default=None, metadata={"help": "Whose prompt and grading; the benchmark's by default."})
+    benchmark: list[str] | None = field(default=None, metadata={"help": "Published data sets, by name."})
+    dataset_name: str | None = field(default=None, metadata={"help": "JSONL file, folder or Hub name, instead."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration on the Hub."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Its split."})
+    limit: int | None = field(default=None, metadata={"help": "Take only the first `limit` rows."})
     adapter_path: str | None = field(default=None, metadata={"help": "Folder or Hub name of an adapter of the model."})
+    backend: Literal["transformers", "vllm"] = field(default="transformers", metadata={"help": "What generates."})
+    regrade: bool = field(default=False, metadata={"help": "Grade the completions in output_dir anew."})
     output_dir: str = field(
         default="results/evaluation", metadata={"help": "Folder for metrics.json and completions.jsonl."}
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.benchmark is not None:
+            self.benchmark = [name for item in self.benchmark for name in item.split(",") if name]
+        if self.regrade:
+            return
+        if (self.benchmark is None) == (self.dataset_name is None):
+            raise ValueError(
+                "name what to evaluate on: either --benchmark or --dataset_name, got "
+                f"benchmark={self.benchmark!r} and dataset_name={self.dataset_name!r}"
+            )
+        for benchmark in self.benchmarks():
+            if self.task not in (None, benchmark.task):
+                raise ValueError(
+                    f"benchmark {benchmark.name!r} is of the task {benchmark.task!r}, but task is {self.task!r}: "
+                    "drop --task"
+                )
 
-ARGUMENTS = (RecipeArguments, trl.ModelConfig, EvaluationArguments)
+    def benchmarks(self) -> list[Benchmark]:
+        """The benchmarks by their names, in the given order."""
+        return [get_benchmark(name) for name in self.benchmark or ()]
+
+    def of_task(self, task: str) -> GenerationArguments:
+        """How completions of this task are generated."""
+        values = {name: getattr(self, name) for name in GenerationArguments.__dataclass_fields__}
+        return GenerationArguments(**values | {"task": task})
+
+
+ARGUMENTS = (trl.ModelConfig, EvaluationArguments)
 
 
 def evaluate(
@@ -92,172 +116,267 @@ def evaluate(
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): Comes back in the mode it came in.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): With a chat template.
-        rows (iterable of `dict`): With `question` and `answer`.
-        arguments (`GenerationArguments`): How to generate.
-        completions_path (`str` or `Path`, *optional*): JSONL to write every completion to.
+        rows (iterable of `dict`): With `question` and `answer`, as the task's `load_rows` gives them.
+        arguments (`GenerationArguments`): The task, and how to generate.
+        completions_path (`str` or `Path`, *optional*): JSONL to keep every completion in. Those of the same model,
+            problems and settings that it holds are not generated again.
     Returns:
-        `dict`: `n_problems`, and `greedy` and `sampled` with `strict` and `flexible` (each `accuracy` and `interval`,
-        fractions in [0, 1]), `mean_tokens`, `truncated` and `no_marker` (shares of completions) and `tokens`
-        (generated in all).
+        `dict`: `n_problems`, `samples`, `temperature`, and `greedy` and `sampled` as of [`summarize`].
+    Raises:
+        FileExistsError: If that file holds completions of another model, other problems or other settings.
     """
-    rows = list(rows)
-    was_training = model.training
-    model.eval()
-    kinds = {"greedy": 1} | ({"sampled": arguments.samples} if arguments.samples else {})
-    # Its own stream: evaluating between two training runs must not change the second one.
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(arguments.eval_seed)
-        completions = {kind: _generate(model, tokenizer, rows, kind, k, arguments) for kind, k in kinds.items()}
-    model.train(was_training)
+    generator = TransformersGenerator(model, tokenizer, arguments)
+    records = complete(generator, tokenizer, list(rows), arguments, completions_path)
+    return summarize(records, arguments.temperature, arguments.eval_seed)
 
-    metrics = {"n_problems": len(rows), "samples": arguments.samples, "temperature": arguments.temperature}
-    for kind, graded in completions.items():
+
+def complete(
+    generator: TransformersGenerator | VllmGenerator,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    rows: Sequence[dict],
+    arguments: GenerationArguments,
+    completions_path: str | Path | None = None,
+) -> list[dict]:
+    """
+    One greedy completion and `samples` sampled ones a problem, graded.
+
+    Problems whose prompts are of like length share a batch, the longest first. A batch's samples follow from its own
+    seed, so that those of an interrupted and continued evaluation are the same; with another batch size they are
+    others. Greedy ones are the same but for rounding: in 16 bits, padding can turn a near tie.
+
+    Args:
+        generator (`TransformersGenerator` or `VllmGenerator`): What generates.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): With a chat template.
+        rows (`Sequence[dict]`): With `question` and `answer`, and `id` if they have one.
+        arguments (`GenerationArguments`): The task, and how to generate.
+        completions_path (`str` or `Path`, *optional*): As of [`evaluate`].
+    Returns:
+        `list[dict]`: By kind, problem and sample; each with `gold`, `completion`, `tokens`, `truncated`, `marker` and
+        the gradings.
+    Raises:
+        ValueError: If there are no rows.
+        FileExistsError: As of [`evaluate`].
+    """
+    if not rows:
+        raise ValueError("there are no rows to evaluate on")
+    task = get_task(arguments.task)
+    prompts = [
+        tokenizer.apply_chat_template(
+            task.build_prompt(row["question"], arguments.system_prompt), tokenize=False, add_generation_prompt=True
+        )
+        for row in rows
+    ]
+    golds = [task.gold_answer(row["answer"]) for row in rows]
+    settings = {name: getattr(arguments, name) for name in GenerationArguments.__dataclass_fields__}
+    settings |= {"n_problems": len(rows), "problems": digest_of([prompts, golds]), "model": generator.identity()}
+    kept = CompletionsFile(completions_path, settings)
+
+    lengths = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]]
+    order = sorted(range(len(rows)), key=lambda index: (-lengths[index], index))
+    for kind, samples in (("greedy", 1), ("sampled", arguments.samples)):
+        if samples == 0:
+            continue
+        step = max(1, arguments.eval_batch_size // samples)
+        batches = [order[start : start + step] for start in range(0, len(order), step)]
+        open_batches = [batch for batch in batches if not kept.is_done(kind, batch, samples)]
+        n_done = len(rows) - sum(map(len, open_batches))
+        with tqdm(total=len(rows), initial=n_done, desc=kind, unit="problem", leave=False) as progress:
+            for batch in open_batches:
+                seed = int(np.random.SeedSequence([arguments.eval_seed, batch[0]]).generate_state(1)[0])
+                generated = generator.generate(
+                    [prompts[problem] for problem in batch], samples, is_sampled=kind == "sampled", seed=seed
+                )
+                kept.append(
+                    [
+                        {"kind": kind, "problem": problem, "sample": sample}
+                        | ({"id": rows[problem]["id"]} if "id" in rows[problem] else {})
+                        | {"gold": golds[problem], "completion": completion.text}
+                        | {"tokens": completion.tokens, "truncated": completion.truncated}
+                        | _graded(task, completion.text, golds[problem])
+                        for problem, completions in zip(batch, generated, strict=True)
+                        for sample, completion in enumerate(completions)
+                    ]
+                )
+                progress.update(len(batch))
+    kept.write()
+    return kept.records()
+
+
+def summarize(records: Sequence[dict], temperature: float, seed: int) -> dict:
+    """
+    The metrics of graded completions.
+
+    Args:
+        records (`Sequence[dict]`): As of [`complete`], all of them.
+        temperature (`float`): At which they were sampled, for the record.
+        seed (`int`): Of the bootstrap.
+    Returns:
+        `dict`: `n_problems`, `samples`, `temperature`, and `greedy` and `sampled` with, for each of "strict",
+        "last_number" and "flexible", `accuracy` (pass@1, or mean@k of the samples), its `interval`, `correct` (right
+        completions a problem) and, of the samples, `pass_at` by k; `mean_tokens`, `truncated` and `no_marker` (shares
+        of completions) and `tokens` (generated in all).
+    """
+    metrics = {"n_problems": 1 + max(record["problem"] for record in records), "samples": 0, "temperature": temperature}
+    for kind in KINDS:
+        graded = [record for record in records if record["kind"] == kind]
+        if not graded:
+            continue
+        samples = 1 + max(record["sample"] for record in graded)
+        if kind == "sampled":
+            metrics["samples"] = samples
+        correct = {grading: np.zeros(metrics["n_problems"], dtype=int) for grading in GRADINGS}
+        for record in graded:
+            for grading in GRADINGS:
+                correct[grading][record["problem"]] += record[grading]
         metrics[kind] = {
-            grading: _accuracy([item[grading] for item in graded], kinds[kind], arguments.eval_seed)
-            for grading in ("strict", "flexible")
+            grading: _accuracy(counts.tolist(), samples, kind == "sampled", seed) for grading, counts in correct.items()
         }
         metrics[kind] |= {
-            "mean_tokens": float(np.mean([item["tokens"] for item in graded])),
-            "truncated": float(np.mean([item["truncated"] for item in graded])),
-            "no_marker": float(np.mean(["####" not in item["completion"] for item in graded])),
-            "tokens": sum(item["tokens"] for item in graded),
+            "mean_tokens": float(np.mean([record["tokens"] for record in graded])),
+            "truncated": float(np.mean([record["truncated"] for record in graded])),
+            "no_marker": float(np.mean([not record["marker"] for record in graded])),
+            "tokens": sum(record["tokens"] for record in graded),
         }
-    if completions_path is not None:
-        lines = (json.dumps({"kind": kind} | item) for kind, graded in completions.items() for item in graded)
-        write_text(completions_path, "\n".join(lines) + "\n")
     return metrics
 
 
-def _generate(model, tokenizer, rows, kind, samples, arguments) -> list[dict]:
-    """`samples` graded completions a row, in the order of the rows."""
-    end_tokens = model.generation_config.eos_token_id
-    end_tokens = set(end_tokens if isinstance(end_tokens, list) else [end_tokens]) | {tokenizer.eos_token_id}
-    end_tokens.discard(None)
-    pad_token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    # Every value is spelled out, since what is left open comes from the model's own generation config (Qwen's samples
-    # with top_k 20 and a repetition penalty).
-    chosen = transformers.GenerationConfig(
-        do_sample=kind == "sampled",
-        temperature=arguments.temperature if kind == "sampled" else 1.0,
-        top_k=0 if kind == "sampled" else 50,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        num_return_sequences=samples,
-        max_new_tokens=arguments.max_new_tokens,
-        eos_token_id=sorted(end_tokens),
-        pad_token_id=pad_token,
-        use_cache=True,
-        disable_compile=True,
-    )
-    step = max(1, arguments.eval_batch_size // samples)
-    graded = []
-    with tqdm(total=len(rows), desc=kind, unit="problem", leave=False) as progress:
-        for start in range(0, len(rows), step):
-            batch = rows[start : start + step]
-            texts = [
-                tokenizer.apply_chat_template(
-                    gsm8k.build_prompt(row["question"]), tokenize=False, add_generation_prompt=True
-                )
-                for row in batch
-            ]
-            inputs = tokenizer(
-                texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
-            ).to(model.device)
-            with torch.no_grad():
-                output = model.generate(
-                    input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=chosen
-                )
-            for index, tokens in enumerate(output[:, inputs["input_ids"].shape[1] :].tolist()):
-                length = next((n for n, token in enumerate(tokens, start=1) if token in end_tokens), None)
-                text = tokenizer.decode(tokens[:length], skip_special_tokens=True)
-                row = batch[index // samples]
-                gold = gsm8k.gold_answer(row["answer"])
-                graded.append(
-                    {
-                        "problem": start + index // samples,
-                        "completion": text,
-                        "gold": gold,
-                        "strict": gsm8k.is_correct(gsm8k.extract_strict(text), gold),
-                        "flexible": gsm8k.is_correct(gsm8k.extract_flexible(text), gold),
-                        "tokens": length if length is not None else len(tokens),
-                        "truncated": length is None,
-                    }
-                )
-            progress.update(len(batch))
-    return graded
-
-
-def _accuracy(correct: list[bool], samples: int, seed: int) -> dict:
-    """Mean and 95% interval over problems."""
-    if len(correct) == samples > 1:
-        return {"accuracy": float(np.mean(correct)), "interval": [0.0, 1.0]}  # one problem says nothing about others
-    if samples == 1:
-        interval = stats.binomtest(sum(correct), len(correct)).proportion_ci(method="wilson")
-    else:
-        means = np.reshape(correct, (-1, samples)).mean(axis=1)
-        interval = stats.bootstrap(
-            (means,), np.mean, method="percentile", batch=500, rng=np.random.default_rng(seed)
-        ).confidence_interval
-    return {"accuracy": float(np.mean(correct)), "interval": [float(interval.low), float(interval.high)]}
-
-
-def write_text(path: str | Path, text: str) -> None:
+def regrade(folder: Path, task: str | None = None) -> dict:
     """
-    Writes a file that is whole or absent, never half.
+    Grades the completions of an evaluation anew, and writes them and the metrics in place of the earlier ones.
 
     Args:
-        path (`str` or `Path`): Its folder is made where needed.
-        text (`str`): The content.
+        folder (`Path`): Holds `completions.jsonl` and `completions.settings.json`.
+        task (`str`, *optional*): Whose grading; by default that of the evaluation.
+    Returns:
+        `dict`: As [`evaluate`].
+    Raises:
+        FileNotFoundError: If there are none.
+        ValueError: If the evaluation was interrupted.
     """
-    with written_whole(path) as scratch:
-        scratch.write_text(text, encoding="utf-8")
+    path = folder / "completions.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: name the output_dir of an evaluation")
+    made = read_settings(path)
+    settings = made["settings"]
+    records = read_lines(path)
+    expected = settings["n_problems"] * (1 + settings["samples"])
+    if len(records) != expected:
+        raise ValueError(f"{path} holds {len(records)} of {expected} completions: continue the evaluation first")
+    task = get_task(task or settings["task"])
+    records = [record | _graded(task, record["completion"], record["gold"]) for record in records]
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+    metrics = summarize(records, settings["temperature"], settings["eval_seed"])
+    _write_metrics(folder, metrics)
+    return metrics
 
 
-def main(script_args: RecipeArguments, model_args: trl.ModelConfig, evaluation_args: EvaluationArguments) -> dict:
+def _graded(task, completion: str, gold: str) -> dict:
+    """What a task says of a completion."""
+    return {**task.grade(completion, gold), "marker": task.has_marker(completion)}
+
+
+def _accuracy(correct: list[int], samples: int, is_sampled: bool, seed: int) -> dict:
+    """Mean, 95% interval over problems, right completions a problem, and pass@k for k = 1, 2, 4, ... and all."""
+    shares = np.array(correct) / samples
+    result = {"accuracy": float(shares.mean())}
+    if not is_sampled:
+        return result | {"interval": statistical.wilson_interval(sum(correct), len(correct)), "correct": correct}
+    powers = {2**power for power in range(samples.bit_length())} | {samples}
+    result |= {"interval": statistical.bootstrap_interval(shares, seed), "correct": correct}
+    return result | {
+        "pass_at": {
+            str(k): float(np.mean([statistical.pass_at(k, samples, count) for count in correct]))
+            for k in sorted(powers)
+        }
+    }
+
+
+def _write_metrics(folder: Path, metrics: dict, arguments: dict | None = None) -> None:
+    """`metrics.json`: what was asked, what the completions follow from, what generated and what graded them."""
+    path = folder / "metrics.json"
+    if arguments is None and path.is_file():
+        arguments = json.loads(path.read_text(encoding="utf-8"))["arguments"]
+    record = {"arguments": arguments, **read_settings(folder / "completions.jsonl"), "graded": stamp()}
+    write_text(path, json.dumps(record | {"metrics": metrics}, indent=2) + "\n")
+
+
+def _print_metrics(name: str, metrics: dict) -> None:
+    """One line a kind and grading."""
+    for kind in KINDS:
+        for grading in GRADINGS if kind in metrics else ():
+            low, high = metrics[kind][grading]["interval"]
+            accuracy = metrics[kind][grading]["accuracy"]
+            print(f"{name:15} {kind:8} {grading:12} {accuracy:.1%}  (95%: {low:.1%} to {high:.1%})")
+
+
+def main(model_args: trl.ModelConfig, evaluation_args: EvaluationArguments) -> dict:
     """
     Loads, evaluates, writes, prints.
 
     Args:
-        script_args (`RecipeArguments`): The rows: `dataset_test_split` of `dataset_name`.
         model_args ([`~trl.ModelConfig`]): The model.
-        evaluation_args (`EvaluationArguments`): The adapter, how to generate, where to write.
+        evaluation_args (`EvaluationArguments`): On what, the adapter, how to generate, where to write.
     Returns:
-        `dict`: As [`evaluate`].
+        `dict`: As [`evaluate`]; of several benchmarks, by their names.
     Raises:
-        FileExistsError: If the output folder already holds an evaluation.
+        FileExistsError: If the output folder already holds a finished evaluation, or one of other settings.
+        ValueError: If no model is named.
+        ImportError: If vLLM is asked for and not installed.
     """
-    output_dir = Path(evaluation_args.output_dir)
-    if (output_dir / "metrics.json").exists():
+    args = evaluation_args
+    output_dir = Path(args.output_dir)
+    if args.regrade:
+        folders = [output_dir / name for name in args.benchmark or ()] or [output_dir]
+        results = {folder.name: regrade(folder, args.task) for folder in folders}
+        for name, metrics in results.items():
+            _print_metrics(name, metrics)
+        return results if args.benchmark else results[output_dir.name]
+    if model_args.model_name_or_path is None:
+        raise ValueError("model_name_or_path is missing: name the model to evaluate")
+    if args.backend == "vllm":
+        refuse_missing_vllm()
+
+    jobs = {}
+    for benchmark in args.benchmarks():
+        source = (benchmark.dataset_name, benchmark.split, benchmark.config, args.limit)
+        jobs[benchmark.name] = output_dir / benchmark.name, args.of_task(benchmark.task), source
+    if args.dataset_name is not None:
+        source = (args.dataset_name, args.dataset_test_split, args.dataset_config, args.limit)
+        jobs[Path(args.dataset_name).stem] = output_dir, args.of_task(args.task or "gsm8k"), source
+    finished = [folder for folder, _, _ in jobs.values() if (folder / "metrics.json").exists()]
+    if len(finished) == len(jobs):
         raise FileExistsError(
-            f"output_dir={str(output_dir)!r} already holds an evaluation: choose another --output_dir"
+            f"output_dir={str(output_dir)!r} already holds an evaluation: choose another --output_dir, or grade it "
+            "anew with --regrade"
         )
-    rows = gsm8k.load_rows(
-        script_args.dataset_name, script_args.dataset_test_split, script_args.dataset_config, script_args.limit
-    )
+    # Before the model, which takes longer to load.
+    rows = {name: get_task(how.task).load_rows(*source) for name, (_, how, source) in jobs.items()}
+
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         model_args.model_name_or_path, revision=model_args.model_revision
     )
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        dtype=model_args.dtype,
-        attn_implementation=model_args.attn_implementation,
-        quantization_config=trl.get_quantization_config(model_args),
-        device_map="auto" if torch.cuda.is_available() else None,
-    )
-    if evaluation_args.adapter_path is not None:
+    generator = _load_generator(model_args, args, tokenizer)
+    results = {}
+    for name, (folder, how, source) in jobs.items():
+        records = complete(generator, tokenizer, list(rows[name]), how, folder / "completions.jsonl")
+        results[name] = summarize(records, how.temperature, how.eval_seed)
+        asked = {"model": model_args.model_name_or_path, "revision": model_args.model_revision, "source": source}
+        _write_metrics(folder, results[name], asked | {"dtype": model_args.dtype} | asdict(args))
+        _print_metrics(name, results[name])
+    print(f"Saved to {output_dir}")
+    return results if args.benchmark else next(iter(results.values()))
+
+
+def _load_generator(model_args, args, tokenizer) -> TransformersGenerator | VllmGenerator:
+    """What generates, with the adapter."""
+    if args.backend == "vllm":
+        return VllmGenerator(model_args, tokenizer, args.adapter_path, args)
+    model = load_model(model_args, "auto" if torch.cuda.is_available() else None)
+    if args.adapter_path is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, evaluation_args.adapter_path)
-    metrics = evaluate(model, tokenizer, rows, evaluation_args, output_dir / "completions.jsonl")
-    record = {"model": model_args.model_name_or_path, "dataset": asdict(script_args), **asdict(evaluation_args)}
-    write_text(output_dir / "metrics.json", json.dumps({"arguments": record, "metrics": metrics}, indent=2) + "\n")
-    for kind in ("greedy", "sampled"):
-        for grading in ("strict", "flexible") if kind in metrics else ():
-            low, high = metrics[kind][grading]["interval"]
-            print(f"{kind:8} {grading:9} {metrics[kind][grading]['accuracy']:.1%}  (95%: {low:.1%} to {high:.1%})")
-    print(f"Saved to {output_dir}")
-    return metrics
+        model = PeftModel.from_pretrained(model, args.adapter_path)
+    return TransformersGenerator(model, tokenizer, args)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def read_provenance() -> dict:
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    packages = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed")
+    packages = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "math-verify", "vllm")
     own = {"trl-tinylora": trl_tinylora.__version__}
     return {
         "git": {"commit": commit, "is_dirty": bool(status)} if commit else None,

@@ -12,6 +12,7 @@ said to hold `\boxed{{}}` in the prompt, an unformatted template; their `questio
 Answers are compared by math-verify, see [`~trl_tinylora.tasks.answers`]. The marker of this task is the box.
 """
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from .answers import is_equal, last_box, last_number, texts_of
@@ -218,7 +219,7 @@ def _read(text: str) -> list:
 def _is_found(completion: str, gold: str) -> bool:
     """Whether what math-verify finds in a text without a box is the gold answer."""
     # A box that is empty, or that the limit cut, is not to hide what else is there.
-    found = _read(completion.replace(r"\boxed", ""))
+    found = _read(re.sub(r"\\boxed\s*\{?", " ", completion))
     return bool(found) and is_equal(found[-1], gold)
 
 

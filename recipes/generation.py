@@ -1,0 +1,304 @@
+"""How completions are generated: by transformers, or by vLLM where it is installed."""
+
+import hashlib
+import importlib.util
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers
+import trl
+from peft import PeftConfig, PeftModel, PeftType
+
+from trl_tinylora import TinyLoraPeftType, export_lora
+from trl_tinylora.export import ADAPTER_FILES, refuse_what_is_no_lora
+from trl_tinylora.tasks import get_task
+
+
+# vllm/config/lora.py, `MaxLoRARanks`, from 8 on: an adapter of rank 2 needs 8.
+VLLM_MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+# Beyond this, a tensor goes into a model's digest by sums of its bits.
+WHOLLY_HASHED = 1_000_000
+
+
+@dataclass
+class GenerationArguments:
+    """
+    How completions are asked for, generated and counted.
+
+    Args:
+        task (`str`, *optional*, defaults to `"gsm8k"`): Whose prompt and grading, `"gsm8k"` or `"math"`.
+        system_prompt (`str`, *optional*): Instead of the task's own; by default there is none for GSM8K.
+        samples (`int`, *optional*, defaults to `4`): Samples a problem, beside the greedy completion; 0 for none.
+        temperature (`float`, *optional*, defaults to `1.0`): Of the samples.
+        max_new_tokens (`int`, *optional*, defaults to `512`): Limit of a completion.
+        eval_batch_size (`int`, *optional*, defaults to `64`): Completions generated at once.
+        eval_seed (`int`, *optional*, defaults to `0`): Seed of the samples and of the bootstrap.
+    Raises:
+        ValueError: If a value is out of its bounds.
+    """
+
+    task: str | None = field(default="gsm8k", metadata={"help": "Whose prompt and grading: gsm8k or math."})
+    system_prompt: str | None = field(default=None, metadata={"help": "Instead of the task's own system prompt."})
+    samples: int = field(default=4, metadata={"help": "Samples a problem, beside the greedy completion; 0 for none."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of the samples."})
+    max_new_tokens: int = field(default=512, metadata={"help": "Limit of a completion, in tokens."})
+    eval_batch_size: int = field(default=64, metadata={"help": "Completions generated at once."})
+    eval_seed: int = field(default=0, metadata={"help": "Seed of the samples and of the bootstrap."})
+
+    def __post_init__(self):
+        if self.task is not None:
+            get_task(self.task)
+        bounds = {"samples": 0, "max_new_tokens": 1, "eval_batch_size": max(1, self.samples), "eval_seed": 0}
+        for name, bound in bounds.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name} must be at least {bound}, got {getattr(self, name)}")
+        if self.temperature <= 0:
+            raise ValueError(
+                f"temperature must be above 0, got {self.temperature}: the greedy completion is always generated"
+            )
+
+
+class Completion(NamedTuple):
+    """
+    What was generated.
+
+    Args:
+        text (`str`): Without the tokens that end a turn.
+        tokens (`int`): Its tokens, the ending one included.
+        truncated (`bool`): Whether the limit cut it.
+    """
+
+    text: str
+    tokens: int
+    truncated: bool
+
+
+class TransformersGenerator:
+    """
+    Generates with a model in this process, which comes back in the mode it came in.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        arguments (`GenerationArguments`): Temperature and limit are read.
+    """
+
+    def __init__(self, model, tokenizer, arguments: GenerationArguments):
+        self.model, self.tokenizer, self.arguments = model, tokenizer, arguments
+        end_tokens = model.generation_config.eos_token_id
+        end_tokens = set(end_tokens if isinstance(end_tokens, list) else [end_tokens]) | {tokenizer.eos_token_id}
+        self.end_tokens = end_tokens - {None}
+
+    def identity(self) -> str:
+        """Digest of every weight, so that completions of another model are not taken for this one's."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.model.state_dict().items()):
+            bits = value.detach().reshape(-1).view(torch.uint8)
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            if bits.numel() <= WHOLLY_HASHED:
+                digest.update(bits.cpu().numpy().tobytes())
+            else:
+                # The sums of the first bytes of all numbers, of the second ones, ...: an optimiser's step moves them.
+                columns = bits.view(-1, value.element_size()).sum(dim=0, dtype=torch.int64)
+                digest.update(str(columns.tolist()).encode())
+        return digest.hexdigest()
+
+    def generate(self, prompts: Sequence[str], samples: int, is_sampled: bool, seed: int) -> list[list[Completion]]:
+        """
+        Completions of a batch, which follow from the batch and the seed alone.
+
+        Args:
+            prompts (`Sequence[str]`): With the chat template.
+            samples (`int`): Completions a prompt.
+            is_sampled (`bool`): Whether to sample, else greedy.
+            seed (`int`): Of the sampling.
+        Returns:
+            `list[list[Completion]]`: `samples` a prompt, in their order.
+        """
+        tokenizer = self.tokenizer
+        # Every value is spelled out, since what is left open comes from the model's own generation config (Qwen's
+        # samples with top_k 20 and a repetition penalty).
+        chosen = transformers.GenerationConfig(
+            do_sample=is_sampled,
+            temperature=self.arguments.temperature if is_sampled else 1.0,
+            top_k=0 if is_sampled else 50,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            num_return_sequences=samples,
+            max_new_tokens=self.arguments.max_new_tokens,
+            eos_token_id=sorted(self.end_tokens),
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            use_cache=True,
+            disable_compile=True,
+        )
+        inputs = tokenizer(
+            list(prompts), return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
+        ).to(self.model.device)
+        was_training = self.model.training
+        self.model.eval()
+        # Its own stream: evaluating between two training runs must not change the second one.
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
+            torch.manual_seed(seed)
+            output = self.model.generate(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=chosen
+            )
+        self.model.train(was_training)
+        generated = [self._read(tokens) for tokens in output[:, inputs["input_ids"].shape[1] :].tolist()]
+        return [generated[start : start + samples] for start in range(0, len(generated), samples)]
+
+    def _read(self, tokens: list[int]) -> Completion:
+        """The text up to the token that ended it."""
+        length = next((n for n, token in enumerate(tokens, start=1) if token in self.end_tokens), None)
+        text = self.tokenizer.decode(tokens[:length], skip_special_tokens=True)
+        return Completion(text, len(tokens) if length is None else length, length is None)
+
+
+class VllmGenerator:
+    """
+    Generates with vLLM. A TinyLoRA adapter goes to it as a plain LoRA, or merged where it is more than a LoRA.
+
+    vLLM's kernels round otherwise than transformers': compare runs of one backend only, the untrained model included.
+
+    Args:
+        model_args ([`~trl.ModelConfig`]): The model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        adapter_path (`str`, *optional*): Folder or Hub name of an adapter of the model.
+        arguments (`GenerationArguments`): Temperature and limit are read.
+    """
+
+    def __init__(self, model_args: trl.ModelConfig, tokenizer, adapter_path, arguments: GenerationArguments):
+        from vllm import LLM
+
+        self.tokenizer, self.arguments = tokenizer, arguments
+        self.source = f"vllm {model_args.model_name_or_path} {model_args.model_revision}"
+        self.lora_request = None
+        # Removed with this object; vLLM reads an adapter at the first request.
+        self._folder = tempfile.TemporaryDirectory()
+        served, lora = prepare_for_vllm(model_args, adapter_path, Path(self._folder.name))
+        options = {}
+        if lora is not None:
+            from vllm.lora.request import LoRARequest
+
+            path, rank = lora
+            options = {"enable_lora": True, "max_lora_rank": next(limit for limit in VLLM_MAX_RANKS if limit >= rank)}
+            self.lora_request = LoRARequest("adapter", 1, path)
+        for path in sorted(Path(adapter_path).iterdir()) if adapter_path and Path(adapter_path).is_dir() else ():
+            if path.name in ADAPTER_FILES:
+                self.source += f" {path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}"
+        self.llm = LLM(
+            model=served,
+            tokenizer=tokenizer.name_or_path,
+            revision=model_args.model_revision if served == model_args.model_name_or_path else None,
+            dtype=model_args.dtype or "auto",
+            seed=arguments.eval_seed,
+            # Not the model's own sampling settings: those are spelled out at every request.
+            generation_config="vllm",
+            **options,
+        )
+
+    def identity(self) -> str:
+        """The model's name and the digest of the adapter's files."""
+        return hashlib.sha256(self.source.encode()).hexdigest()
+
+    def generate(self, prompts: Sequence[str], samples: int, is_sampled: bool, seed: int) -> list[list[Completion]]:
+        """
+        As [`TransformersGenerator.generate`]; each prompt has a seed of its own.
+
+        Args:
+            prompts (`Sequence[str]`): With the chat template.
+            samples (`int`): Completions a prompt.
+            is_sampled (`bool`): Whether to sample, else greedy.
+            seed (`int`): Of the sampling.
+        Returns:
+            `list[list[Completion]]`: `samples` a prompt, in their order.
+        """
+        from vllm import SamplingParams
+
+        parameters = [
+            SamplingParams(
+                n=samples,
+                temperature=self.arguments.temperature if is_sampled else 0.0,
+                top_p=1.0,
+                top_k=-1,
+                repetition_penalty=1.0,
+                max_tokens=self.arguments.max_new_tokens,
+                seed=seed + place,
+                skip_special_tokens=True,
+            )
+            for place in range(len(prompts))
+        ]
+        tokens = self.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": ids} for ids in tokens], parameters, lora_request=self.lora_request, use_tqdm=False
+        )
+        return [
+            [Completion(item.text, len(item.token_ids), item.finish_reason == "length") for item in output.outputs]
+            for output in outputs
+        ]
+
+
+def refuse_missing_vllm() -> None:
+    """
+    Raises where vLLM is not installed.
+
+    Raises:
+        ImportError: With the command to install it.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise ImportError("--backend vllm needs vLLM: pip install 'trl[vllm]'; or take --backend transformers")
+
+
+def prepare_for_vllm(
+    model_args: trl.ModelConfig, adapter_path: str | None, folder: Path
+) -> tuple[str, tuple[str, int] | None]:
+    """
+    What vLLM is to serve, which knows no TinyLoRA: a plain LoRA of the same update, or the merged model.
+
+    Args:
+        model_args ([`~trl.ModelConfig`]): The model.
+        adapter_path (`str`, *optional*): Folder or Hub name of its adapter.
+        folder (`Path`): Where to write what has to be written.
+    Returns:
+        `tuple`: Model to serve, and the folder and rank of its LoRA if there is one.
+    """
+    name = model_args.model_name_or_path
+    if adapter_path is None:
+        return name, None
+    config = PeftConfig.from_pretrained(adapter_path)
+    if config.peft_type == PeftType.LORA:
+        return name, (str(adapter_path), config.r)
+    model = PeftModel.from_pretrained(load_model(model_args, device_map=None), adapter_path)
+    if config.peft_type == TinyLoraPeftType.TRL_TINYLORA:
+        try:
+            refuse_what_is_no_lora(config)
+        except ValueError:
+            pass
+        else:
+            export_lora(model, folder / "lora")
+            return name, (str(folder / "lora"), config.r)
+    model.merge_and_unload().save_pretrained(folder / "merged")
+    return str(folder / "merged"), None
+
+
+def load_model(model_args: trl.ModelConfig, device_map: str | None) -> transformers.PreTrainedModel:
+    """
+    The base model.
+
+    Args:
+        model_args ([`~trl.ModelConfig`]): Its name, revision, dtype, attention and quantisation.
+        device_map (`str`, *optional*): As of transformers.
+    Returns:
+        [`~transformers.PreTrainedModel`]
+    """
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        dtype=model_args.dtype,
+        attn_implementation=model_args.attn_implementation,
+        quantization_config=trl.get_quantization_config(model_args),
+        device_map=device_map,
+    )
