@@ -13,7 +13,7 @@ import sys
 
 import report
 import trl
-from evaluate import write_text
+from completions import write_text
 from plan import (
     ALLOWED_DIFFERENCES,
     CompareArguments,

@@ -13,7 +13,9 @@ import transformers
 import trl
 from arguments import AdapterArguments, build_peft_config
 from callbacks import TrainedPath, trained_values
-from evaluate import GenerationArguments, evaluate, write_text
+from completions import read_lines, write_text
+from evaluate import evaluate
+from generation import GenerationArguments
 from peft import get_peft_model
 from plan import SCRIPTS, Run
 from tqdm.auto import tqdm
@@ -119,7 +121,7 @@ def _draw_samples(run: Run, folder: Path) -> dict:
     rows = list(_rows(run))
     metrics = evaluate(model, tokenizer, rows, _generation(run), folder / "completions.jsonl")
     kept: dict[int, dict] = {}
-    for line in read_completions(folder / "completions.jsonl"):
+    for line in read_lines(folder / "completions.jsonl"):
         if line["kind"] == "sampled" and line["strict"] and line["problem"] not in kept:
             # GSM8K's demonstrations are in its answers, MATH's in its solutions.
             own = dict.fromkeys(("answer", "solution"), line["completion"])
@@ -140,19 +142,6 @@ def _draw_samples(run: Run, folder: Path) -> dict:
         "accuracy": sampled["strict"]["accuracy"],
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
-
-
-def read_completions(path: Path) -> list[dict]:
-    """
-    The completions that [`~evaluate.evaluate`] kept.
-
-    Args:
-        path (`Path`): A JSONL file.
-    Returns:
-        `list[dict]`
-    """
-    lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-    return [line for line in lines if "completion" in line]
 
 
 def _map_reward(run: Run) -> dict:

@@ -11,7 +11,7 @@ import sft
 import trl
 import yaml
 from arguments import AdapterArguments
-from evaluate import GenerationArguments
+from generation import GenerationArguments
 
 
 # The comparison's definition: the recipes of its arms agree on every other key.

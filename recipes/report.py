@@ -6,7 +6,7 @@ import statistics
 from datetime import timedelta
 from pathlib import Path
 
-from evaluate import write_text
+from completions import write_text
 
 from trl_tinylora.card import markers, replaced_section
 

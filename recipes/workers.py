@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from evaluate import write_text
+from completions import write_text
 from execution import do
 from plan import CompareArguments, Run
 

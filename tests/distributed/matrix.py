@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 
 from cases import NUMERIC, TOLERANCE
-from evaluate import write_text
+from completions import write_text
 from provenance import read_provenance
 from report import update_section
 from runs import launch_recipe, run_cases, try_cases

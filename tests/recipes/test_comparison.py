@@ -5,8 +5,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import compare
-import evaluate
-import execution
+import completions
 import numpy as np
 import plan
 import provenance
@@ -260,8 +259,8 @@ def executed(monkeypatch):
         if run.name in names_and_faults.failing:
             return "RuntimeError: no such luck"
         if run.phase == "samples":
-            evaluate.write_text(arguments.work / run.name / "train.jsonl", "{}\n")
-        evaluate.write_text(arguments.path("runs", f"{run.name}.json"), json.dumps(fake_record(run)))
+            completions.write_text(arguments.work / run.name / "train.jsonl", "{}\n")
+        completions.write_text(arguments.path("runs", f"{run.name}.json"), json.dumps(fake_record(run)))
         return None
 
     def summarize(records, rates, missing, allowed_differences, sweep_seconds):
@@ -272,7 +271,7 @@ def executed(monkeypatch):
     monkeypatch.setattr(report, "summarize", summarize)
     monkeypatch.setattr(report, "table", lambda summary: "the table")
     monkeypatch.setattr(
-        report, "write", lambda summary, folder: evaluate.write_text(folder / "summary.json", json.dumps(summary))
+        report, "write", lambda summary, folder: completions.write_text(folder / "summary.json", json.dumps(summary))
     )
     return names_and_faults
 
@@ -455,7 +454,7 @@ def test_the_zero_adapter_is_the_untrained_model_and_random_values_are_not(done)
 def test_the_prompted_model_is_asked_in_other_words(done):
     records, arguments = done
     texts = [
-        [line["completion"] for line in execution.read_completions(arguments.work / name / "completions.jsonl")]
+        [line["completion"] for line in completions.read_lines(arguments.work / name / "completions.jsonl")]
         for name in ("untrained", "control-prompted")
     ]
     assert texts[0] != texts[1]
