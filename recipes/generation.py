@@ -94,11 +94,14 @@ class TransformersGenerator:
         self.end_tokens = end_tokens - {None}
 
     def identity(self) -> str:
-        """Digest of every weight, so that completions of another model are not taken for this one's."""
+        """Digest of every weight in memory, so that completions of another model are not taken for this one's."""
         digest = hashlib.sha256()
         for name, value in sorted(self.model.state_dict().items()):
-            bits = value.detach().reshape(-1).view(torch.uint8)
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            # Where `device_map` put base weights on the disk.
+            if value.is_meta:
+                continue
+            bits = value.detach().reshape(-1).view(torch.uint8)
             if bits.numel() <= WHOLLY_HASHED:
                 digest.update(bits.cpu().numpy().tobytes())
             else:

@@ -25,6 +25,7 @@ def assert_all_graded_right(rows):
         assert gold == published_gold(row["answer"])
         assert gsm8k.is_correct(gsm8k.extract_strict(row["answer"]), gold)
         assert gsm8k.is_correct(gsm8k.extract_flexible(row["answer"]), gold)
+        assert gsm8k.grade(row["answer"], gold) == {"strict": True, "last_number": True, "flexible": True}
 
 
 def assert_all_graded_wrong_when_off_by_one(rows):
@@ -33,6 +34,7 @@ def assert_all_graded_wrong_when_off_by_one(rows):
         wrong = str(int(gold) + 1)
         assert not gsm8k.is_correct(gsm8k.extract_strict(row["answer"]), wrong)
         assert not gsm8k.is_correct(gsm8k.extract_flexible(row["answer"]), wrong)
+        assert not any(gsm8k.grade(row["answer"], wrong).values())
 
 
 def test_prompt_is_verls_stock_prompt():

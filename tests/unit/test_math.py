@@ -106,6 +106,9 @@ def test_prompt_is_simplerls_qwen_boxed():
         (r"\boxed{\frac{\sqrt{a^{2}}}{b_{1}}}", r"\frac{\sqrt{a^{2}}}{b_{1}}"),
         (r"\boxed{\left\{1, 2\right\}}", r"\left\{1, 2\right\}"),
         (r"\boxed{\boxed{7}}", "7"),
+        (r"\boxed{\begin{matrix}1\\{2}\end{matrix}}", r"\begin{matrix}1\\{2}\end{matrix}"),
+        (r"} \boxed{5} }", "5"),
+        (r"\boxed{4 + \boxed{5}", "5"),
         (r"\boxed{5} and \boxed{6", "5"),
         (r"\boxed{5} and \boxed{ }", "5"),
         (r"\boxed{}", None),
@@ -262,7 +265,8 @@ def test_a_published_set_is_asked_for_by_its_name_configuration_and_split(name, 
         return Dataset.from_list([ROWS[name]])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    rows = get_task(benchmark.task).load_rows(benchmark.dataset_name, benchmark.split)
+    with pytest.warns(UserWarning, match=f"has 1 rows, not {benchmark.n_problems}"):
+        rows = get_task(benchmark.task).load_rows(benchmark.dataset_name, benchmark.split)
     expected = {
         "gsm8k": (("openai/gsm8k", "main"), {"split": "test"}),
         "math500": (("HuggingFaceH4/MATH-500", None), {"split": "test"}),
@@ -277,6 +281,14 @@ def test_a_published_set_is_asked_for_by_its_name_configuration_and_split(name, 
     }[name]
     assert asked == [expected]
     assert get_task(benchmark.task).gold_answer(rows[0]["answer"]) == GOLD[name]
+
+
+def test_only_a_known_split_of_another_size_is_warned_about(monkeypatch, recwarn):
+    sizes = {"train": 7, "test": 500}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: Dataset.from_list([ROWS["math500"]] * sizes[split]))
+    assert len(math.load_rows("HuggingFaceH4/MATH-500", "test", limit=3)) == 3
+    assert len(math.load_rows("HuggingFaceH4/MATH-500", "train")) == 7
+    assert not recwarn.list
 
 
 def test_a_folder_of_parquet_files_loads_as_simplerls_does(tmp_path):

@@ -14,7 +14,8 @@ from typing import Any
 # A minus after a word, a digit or a bracket is a subtraction or a range ("48-24"), not a sign.
 NUMBER = r"((?:(?<![\w)])-)?(?:\\?\$ ?-?)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+))"
 _ANY_NUMBER = re.compile(NUMBER)
-_BOX = re.compile(r"\\boxed\s*\{")
+# A brace after a backslash is a printed one: \{1, 2\} holds no group.
+_BRACES = re.compile(r"(\\boxed\s*\{)|\\.|([{}])", re.DOTALL)
 _SCIENTIFIC = re.compile(r"(?<![A-Za-z])(\d)[eE]([-+]?\d+)\b")
 
 
@@ -71,17 +72,17 @@ def last_box(text: str) -> str | None:
     Returns:
         `str` or `None`: The content as written, which may be LaTeX.
     """
-    for start in reversed([match.end() for match in _BOX.finditer(text)]):
-        depth = 1
-        for end in range(start, len(text)):
-            # A brace after a backslash is a printed one: \{1, 2\} holds no group.
-            if text[end] in "{}" and text[end - 1] != "\\":
-                depth += 1 if text[end] == "{" else -1
-            if depth == 0:
-                break
-        if depth == 0 and text[start:end].strip():
-            return text[start:end].strip()
-    return None
+    open_groups, last_start, content = [], -1, None
+    for match in _BRACES.finditer(text):
+        if match[1]:
+            open_groups.append(match.end())
+        elif match[2] == "{":
+            open_groups.append(None)
+        elif match[2] == "}" and open_groups:
+            start = open_groups.pop()
+            if start is not None and start > last_start and text[start : match.start()].strip():
+                last_start, content = start, text[start : match.start()].strip()
+    return content
 
 
 @functools.lru_cache(maxsize=4096)

@@ -114,8 +114,15 @@ def _load_published(load_dataset, dataset_name, config, split):
         return load_dataset(dataset_name, config, split=split)
     config = config or known.config
     if known.has_folders:
-        return load_dataset(dataset_name, data_dir=config, split=split)
-    return load_dataset(dataset_name, config, split=split)
+        rows = load_dataset(dataset_name, data_dir=config, split=split)
+    else:
+        rows = load_dataset(dataset_name, config, split=split)
+    if (split, config) == (known.split, known.config) and len(rows) != known.n_problems:
+        warnings.warn(
+            f"{dataset_name} ({split}) has {len(rows)} rows, not {known.n_problems}: it is no longer the data set that "
+            "published numbers are for"
+        )
+    return rows
 
 
 def _read_json(path: Path) -> list[Any]:
