@@ -1,6 +1,5 @@
 """The recipe scripts and their YAML files. CPU, no network."""
 
-import json
 from pathlib import Path
 
 import evaluate
@@ -21,7 +20,6 @@ from trl_tinylora.tasks import gsm8k
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
 TOY = RECIPES / "toy"
-SAMPLE = ROOT / "tests" / "data" / "gsm8k_sample.jsonl"
 
 SCRIPTS = {"grpo": grpo, "sft": sft}
 RECIPE_FILES = sorted(path for path in RECIPES.glob("*/*.yaml") if path.stem in SCRIPTS)
@@ -199,20 +197,3 @@ def test_an_interrupted_training_continues_from_its_last_checkpoint(tmp_path):
         if value.requires_grad:
             assert value.abs().sum() > 0
             torch.testing.assert_close(continued.model.get_parameter(name), value, rtol=0, atol=0)
-
-
-def test_real_gsm8k_rows_pass_through_training_and_evaluation(tmp_path):
-    changes = SHORT["sft"] | {"max_steps": 1, "limit": 4, "dataset_name": str(SAMPLE), "max_length": 512}
-    sft.main(*parse("sft", tmp_path / "model", disable_tqdm=True, **changes))
-    command = f"--model_name_or_path {TOY / 'base'} --adapter_path {tmp_path / 'model'} --dataset_name {SAMPLE}"
-    command += f" --limit 3 --samples 2 --max_new_tokens 8 --output_dir {tmp_path / 'evaluation'}"
-    arguments = trl.TrlParser(evaluate.ARGUMENTS).parse_args_and_config(command.split())
-    metrics = evaluate.main(*arguments)
-    written = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
-    assert written["metrics"] == metrics and metrics["n_problems"] == 3
-    lines = [json.loads(line) for line in (tmp_path / "evaluation" / "completions.jsonl").read_text().splitlines()]
-    assert [line["kind"] for line in lines] == ["greedy"] * 3 + ["sampled"] * 6
-    assert [line["problem"] for line in lines] == [0, 1, 2, 0, 0, 1, 1, 2, 2]
-    assert all(line["tokens"] <= 8 for line in lines)
-    with pytest.raises(FileExistsError, match="already holds an evaluation"):
-        evaluate.main(*arguments)
