@@ -1,0 +1,214 @@
+"""What a comparison's report says in words: each sentence follows from an interval and a p-value by a rule.
+
+The rules, in this order, on the 95% interval of a difference and its p-value after correction (Holm):
+
+* the interval leaves out zero and p is at most `SIGNIFICANCE`: higher, or lower;
+* the interval leaves out zero and p does not: suggested, and said to fail the correction;
+* the whole interval lies within `MARGIN` of zero: no difference of more than that;
+* else the data do not decide.
+"""
+
+SIGNIFICANCE = 0.05
+MARGIN = 0.05
+
+
+def verdict(difference: dict | None) -> str:
+    """
+    What a difference's interval and p-value carry, by the rules above.
+
+    Args:
+        difference (`dict`, *optional*): As `report.difference` returns, with `p_corrected`.
+    Returns:
+        `str`: `"higher"`, `"lower"`, `"suggested"`, `"level"`, `"open"`, or `"unknown"` where there is no interval.
+    """
+    if difference is None or difference["interval"] is None:
+        return "unknown"
+    low, high = difference["interval"]
+    if low > 0 or high < 0:
+        if difference["p_corrected"] > SIGNIFICANCE:
+            return "suggested"
+        return "higher" if low > 0 else "lower"
+    return "level" if -MARGIN <= low and high <= MARGIN else "open"
+
+
+def points(value: float, signed: bool = True) -> str:
+    """
+    A share as percentage points, with one decimal, or more where one would show a difference as none.
+
+    Args:
+        value (`float`): In [-1, 1].
+        signed (`bool`, *optional*, defaults to `True`): Whether a positive one has its sign.
+    Returns:
+        `str`: As `"+1.2"`.
+    """
+    decimals = next((count for count in (1, 2, 3) if round(100 * value, count)), 1)
+    rounded = round(100 * value, decimals) + 0.0  # -0.0 would print its sign
+    return f"{rounded:+.{decimals}f}" if signed and rounded else f"{rounded:.{decimals}f}"
+
+
+def interval(difference: dict) -> str:
+    """
+    A difference's interval in words.
+
+    Args:
+        difference (`dict`): As `report.difference` returns.
+    Returns:
+        `str`: As `"95% interval -2.0 to 4.4"`.
+    """
+    if difference["interval"] is None:
+        return "no interval"
+    low, high = difference["interval"]
+    return f"95% interval {points(low, signed=False)} to {points(high, signed=False)}"
+
+
+def p_value(p: float) -> str:
+    """
+    A p-value with two significant digits.
+
+    Args:
+        p (`float`): In [0, 1].
+    Returns:
+        `str`: As `"0.012"`, or `"< 0.0001"`.
+    """
+    return "< 0.0001" if p < 1e-4 else f"{p:.2g}"
+
+
+def compared(first: str, other: str, difference: dict | None) -> str:
+    """
+    A sentence on two models' difference.
+
+    Args:
+        first (`str`): The model whose score the difference is counted from.
+        other (`str`): The model that is subtracted.
+        difference (`dict`, *optional*): As `report.difference` returns.
+    Returns:
+        `str`: A sentence that claims what [`verdict`] carries.
+    """
+    if difference is None:
+        return f"{first} and {other} cannot be compared: they share no seed, or their answers were not kept."
+    numbers = f"difference {points(difference['difference'])} points, {interval(difference)}"
+    sentence = {
+        "higher": f"{first} scores higher than {other}: {numbers}",
+        "lower": f"{first} scores lower than {other}: {numbers}",
+        "suggested": f"{first} and {other} may differ, which {_failed_correction(difference)}: {numbers}",
+        "level": f"{first} and {other} do not differ by more than {points(MARGIN, signed=False)} points: {numbers}",
+        "open": f"The data do not tell {first} from {other}: {numbers}",
+        "unknown": f"{first} and {other} have no interval to compare by: {numbers}",
+    }[verdict(difference)]
+    return f"{sentence}{_coverage(difference)}."
+
+
+def gained(gains: dict | None) -> str:
+    """
+    What a model gained over the untrained one, in words that follow a subject and a colon.
+
+    Args:
+        gains (`dict`, *optional*): A cell's `gains` of one kind of decoding: `strict`, `flexible` and `format`, each
+            as `report.difference` returns or None.
+    Returns:
+        `str`: As `"a gain of 8.0 points over the untrained model (95% interval 5.0 to 11.0): ..."`.
+    """
+    strict = gains and gains["strict"]
+    if not strict:
+        return "not compared with the untrained model."
+    if strict["is_identical"] and gains["flexible"] and gains["flexible"]["is_identical"]:
+        return "graded as the untrained model on every problem."
+    size = points(abs(strict["difference"]), signed=False)
+    numbers = f"{points(strict['difference'])} points, {interval(strict)}"
+    kind = "gain" if strict["difference"] > 0 else "loss"
+    found = verdict(strict)
+    sentence = {
+        "higher": f"a gain of {size} points over the untrained model ({interval(strict)})",
+        "lower": f"a loss of {size} points against the untrained model ({interval(strict)})",
+        "suggested": f"a {kind} of {size} points is suggested ({interval(strict)}) but {_failed_correction(strict)}",
+        "level": f"no change of more than {points(MARGIN, signed=False)} points ({numbers})",
+        "open": f"neither a gain nor a loss is shown ({numbers})",
+        "unknown": f"{points(strict['difference'])} points, without an interval",
+    }[found]
+    return f"{sentence}{_split(gains, found)}{_coverage(strict)}."
+
+
+def _split(gains, found) -> str:
+    if gains["flexible"] is None or gains["format"] is None:
+        return "; no flexible grading, so it cannot be split into reasoning and format"
+    reasoning, form = gains["flexible"], gains["format"]
+    parts = f", reasoning {points(reasoning['difference'])} ({interval(reasoning)}) and format "
+    parts += f"{points(form['difference'])} ({interval(form)})"
+    # The parts are told wherever one of them might hide in the sum.
+    if found in ("higher", "lower", "suggested"):
+        shown = {"higher": "", "lower": "; reasoning itself is lost"}
+        return parts + shown.get(verdict(reasoning), "; that reasoning gained is not shown")
+    return parts if verdict(reasoning) in ("higher", "lower") or verdict(form) in ("higher", "lower") else ""
+
+
+def _failed_correction(difference) -> str:
+    return (
+        f"does not hold after correction for {difference['corrected_for']} comparisons "
+        f"(p = {p_value(difference['p_corrected'])})"
+    ).replace("p = <", "p <")
+
+
+def _coverage(difference) -> str:
+    """One seed, or several, or models in whose making no seed had a part."""
+    return " (one seed: it covers other problems, and no other seeds)" if difference["n_seeds"] == 1 else ""
+
+
+def headline(summary: dict) -> list[str]:
+    """
+    The conclusions of a comparison: the untrained model, its controls, and each of the main sizes.
+
+    Args:
+        summary (`dict`): As `report.summarize` returns.
+    Returns:
+        `list[str]`: Markdown, an item of a list each.
+    """
+    lines = []
+    for cell in (cell for cell in summary["cells"] if cell["role"] != "arm"):
+        if cell["role"] == "untrained":
+            lines.append(_untrained(cell))
+        else:
+            subject = f"{cell['arm_label']} ({cell['label']})" if cell["size"] else cell["arm_label"]
+            against = _against(cell, summary["pairs"])
+            lines.append(f"**{subject}**: {gained(cell['gains'].get('greedy'))}{against}")
+    for size in summary["main_sizes"]:
+        group = [cell for cell in summary["cells"] if cell["role"] == "arm" and cell["size"] == size]
+        sentences = [f"{cell['arm_label']}: {gained(cell['gains'].get('greedy'))}" for cell in group]
+        sentences += [
+            compared(pair["first_label"], pair["other_label"], pair["greedy"]["strict"])
+            for pair in summary["pairs"]
+            if pair["size"] == size and pair["question"] == "arm"
+        ]
+        lines.append(f"**{group[0]['label']}**. {' '.join(sentences)}")
+    return lines
+
+
+def _untrained(cell) -> str:
+    greedy = cell["accuracy"]["greedy"]
+    line = f"**{cell['arm_label']}**: {greedy['strict']['mean']:.1%} strict"
+    if "flexible" in greedy:
+        lost = greedy["flexible"]["mean"] - greedy["strict"]["mean"]
+        line += f", {greedy['flexible']['mean']:.1%} flexible: {points(lost, signed=False)} points lie in the format"
+    return line + "."
+
+
+def _against(control, pairs) -> str:
+    """RL beside a control: in full where they share a size, and by size where the control has none."""
+    pairs = [pair for pair in pairs if pair["other"] == control["arm"]]
+    if control["size"] is not None:
+        return "".join(
+            f" {compared(pair['first_label'], pair['other_label'], pair['greedy']['strict'])}"
+            for pair in pairs
+            if pair["size"] == control["size"]
+        )
+    phrases = {
+        "higher": "scores higher at",
+        "lower": "scores lower at",
+        "suggested": "may differ, without holding after correction, at",
+        "level": f"does not differ by more than {points(MARGIN, signed=False)} points at",
+        "open": "cannot be told from it at",
+    }
+    found: dict = {}
+    for pair in pairs:
+        found.setdefault(verdict(pair["greedy"]["strict"]), []).append(pair["label"])
+    said = [f"{phrase} {', '.join(map('“{}”'.format, found[key]))}" for key, phrase in phrases.items() if key in found]
+    return f" Beside it {pairs[0]['first_label']} {'; '.join(said)}." if said else ""
