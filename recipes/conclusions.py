@@ -19,9 +19,9 @@ def verdict(difference: dict | None) -> str:
     Args:
         difference (`dict`, *optional*): As `report.difference` returns, with `p_corrected`.
     Returns:
-        `str`: `"higher"`, `"lower"`, `"suggested"`, `"level"`, `"open"`, or `"unknown"` where there is no interval.
+        `str`: `"higher"`, `"lower"`, `"suggested"`, `"level"`, `"open"`, or `"unknown"` where there is none.
     """
-    if difference is None or difference["interval"] is None:
+    if difference is None:
         return "unknown"
     low, high = difference["interval"]
     if low > 0 or high < 0:
@@ -53,12 +53,10 @@ def interval(difference: dict) -> str:
     Args:
         difference (`dict`): As `report.difference` returns.
     Returns:
-        `str`: As `"95% interval -2.0 to 4.4"`.
+        `str`: As `"-2.0 to 4.4"`.
     """
-    if difference["interval"] is None:
-        return "no interval"
     low, high = difference["interval"]
-    return f"95% interval {points(low, signed=False)} to {points(high, signed=False)}"
+    return f"{points(low, signed=False)} to {points(high, signed=False)}"
 
 
 def p_value(p: float) -> str:
@@ -84,18 +82,20 @@ def compared(first: str, other: str, difference: dict | None) -> str:
     Returns:
         `str`: A sentence that claims what [`verdict`] carries.
     """
+    # A label with a comma would be taken for a list of models.
+    first, other = (f"“{name}”" if "," in name else name for name in (first, other))
     if difference is None:
         return f"{first} and {other} cannot be compared: they share no seed, or their answers were not kept."
-    numbers = f"difference {points(difference['difference'])} points, {interval(difference)}"
+    numbers = f"difference {points(difference['difference'])} points, 95% interval {interval(difference)}"
+    side = "higher" if difference["difference"] > 0 else "lower"
     sentence = {
-        "higher": f"{first} scores higher than {other}: {numbers}",
-        "lower": f"{first} scores lower than {other}: {numbers}",
-        "suggested": f"{first} and {other} may differ, which {_failed_correction(difference)}: {numbers}",
-        "level": f"{first} and {other} do not differ by more than {points(MARGIN, signed=False)} points: {numbers}",
-        "open": f"The data do not tell {first} from {other}: {numbers}",
-        "unknown": f"{first} and {other} have no interval to compare by: {numbers}",
+        "higher": f"{first} scores higher than {other}",
+        "lower": f"{first} scores lower than {other}",
+        "suggested": f"Before correction only, {first} scores {side} than {other} ({_corrected(difference)})",
+        "level": f"{first} and {other} do not differ by more than {points(MARGIN, signed=False)} points",
+        "open": f"The data do not tell {first} from {other}",
     }[verdict(difference)]
-    return f"{sentence}{_coverage(difference)}."
+    return f"{sentence}: {numbers}{_coverage(difference)}."
 
 
 def gained(gains: dict | None) -> str:
@@ -106,51 +106,50 @@ def gained(gains: dict | None) -> str:
         gains (`dict`, *optional*): A cell's `gains` of one kind of decoding: `strict`, `flexible` and `format`, each
             as `report.difference` returns or None.
     Returns:
-        `str`: As `"a gain of 8.0 points over the untrained model (95% interval 5.0 to 11.0): ..."`.
+        `str`: As `"a gain of 8.0 points (5.0 to 11.0), of it reasoning +6.0 (2.0 to 10.0) and format +2.0."`.
     """
     strict = gains and gains["strict"]
     if not strict:
         return "not compared with the untrained model."
     if strict["is_identical"] and gains["flexible"] and gains["flexible"]["is_identical"]:
         return "graded as the untrained model on every problem."
-    size = points(abs(strict["difference"]), signed=False)
-    numbers = f"{points(strict['difference'])} points, {interval(strict)}"
+    size, bounds = points(abs(strict["difference"]), signed=False), interval(strict)
     kind = "gain" if strict["difference"] > 0 else "loss"
     found = verdict(strict)
     sentence = {
-        "higher": f"a gain of {size} points over the untrained model ({interval(strict)})",
-        "lower": f"a loss of {size} points against the untrained model ({interval(strict)})",
-        "suggested": f"a {kind} of {size} points is suggested ({interval(strict)}) but {_failed_correction(strict)}",
-        "level": f"no change of more than {points(MARGIN, signed=False)} points ({numbers})",
-        "open": f"neither a gain nor a loss is shown ({numbers})",
-        "unknown": f"{points(strict['difference'])} points, without an interval",
+        "higher": f"a gain of {size} points ({bounds})",
+        "lower": f"a loss of {size} points ({bounds})",
+        "suggested": f"before correction only, a {kind} of {size} points ({bounds}; {_corrected(strict)})",
+        "level": f"no change of more than {points(MARGIN, signed=False)} points "
+        f"({points(strict['difference'])}, {bounds})",
+        "open": f"neither a gain nor a loss is shown ({points(strict['difference'])}, {bounds})",
     }[found]
     return f"{sentence}{_split(gains, found)}{_coverage(strict)}."
 
 
 def _split(gains, found) -> str:
-    if gains["flexible"] is None or gains["format"] is None:
-        return "; no flexible grading, so it cannot be split into reasoning and format"
+    """The two parts, wherever one of them might hide in the sum, and whether reasoning is shown by itself."""
     reasoning, form = gains["flexible"], gains["format"]
-    parts = f", reasoning {points(reasoning['difference'])} ({interval(reasoning)}) and format "
-    parts += f"{points(form['difference'])} ({interval(form)})"
-    # The parts are told wherever one of them might hide in the sum.
-    if found in ("higher", "lower", "suggested"):
-        shown = {"higher": "", "lower": "; reasoning itself is lost"}
-        return parts + shown.get(verdict(reasoning), "; that reasoning gained is not shown")
-    return parts if verdict(reasoning) in ("higher", "lower") or verdict(form) in ("higher", "lower") else ""
+    if reasoning is None or form is None:
+        return "; without flexible grading it cannot be split into reasoning and format"
+    verdicts = verdict(reasoning), verdict(form)
+    if found in ("level", "open") and not {"higher", "lower"} & set(verdicts):
+        return ""
+    parts = f", of it reasoning {points(reasoning['difference'])} ({interval(reasoning)}) and format "
+    parts += points(form["difference"])
+    if verdicts[0] == "lower":
+        return f"{parts}: reasoning is lost"
+    return parts if verdicts[0] == "higher" else f"{parts}: no gain in reasoning is shown"
 
 
-def _failed_correction(difference) -> str:
-    return (
-        f"does not hold after correction for {difference['corrected_for']} comparisons "
-        f"(p = {p_value(difference['p_corrected'])})"
-    ).replace("p = <", "p <")
+def _corrected(difference) -> str:
+    p = f"p = {p_value(difference['p_corrected'])}".replace("= <", "<")
+    return f"{p} when corrected for {difference['corrected_for']} comparisons"
 
 
 def _coverage(difference) -> str:
-    """One seed, or several, or models in whose making no seed had a part."""
-    return " (one seed: it covers other problems, and no other seeds)" if difference["n_seeds"] == 1 else ""
+    """What one seed cannot tell; where no seed had a part in either model, there is nothing to say."""
+    return " (one seed: nothing is known of others)" if difference["n_seeds"] == 1 else ""
 
 
 def headline(summary: dict) -> list[str]:
@@ -169,10 +168,10 @@ def headline(summary: dict) -> list[str]:
         else:
             subject = f"{cell['arm_label']} ({cell['label']})" if cell["size"] else cell["arm_label"]
             against = _against(cell, summary["pairs"])
-            lines.append(f"**{subject}**: {gained(cell['gains'].get('greedy'))}{against}")
+            lines.append(f"**{_capital(subject)}**: {gained(cell['gains'].get('greedy'))}{against}")
     for size in summary["main_sizes"]:
         group = [cell for cell in summary["cells"] if cell["role"] == "arm" and cell["size"] == size]
-        sentences = [f"{cell['arm_label']}: {gained(cell['gains'].get('greedy'))}" for cell in group]
+        sentences = [f"{_capital(cell['arm_label'])}: {gained(cell['gains'].get('greedy'))}" for cell in group]
         sentences += [
             compared(pair["first_label"], pair["other_label"], pair["greedy"]["strict"])
             for pair in summary["pairs"]
@@ -182,9 +181,13 @@ def headline(summary: dict) -> list[str]:
     return lines
 
 
+def _capital(words: str) -> str:
+    return words[:1].upper() + words[1:]
+
+
 def _untrained(cell) -> str:
     greedy = cell["accuracy"]["greedy"]
-    line = f"**{cell['arm_label']}**: {greedy['strict']['mean']:.1%} strict"
+    line = f"**{_capital(cell['arm_label'])}**: {greedy['strict']['mean']:.1%} strict"
     if "flexible" in greedy:
         lost = greedy["flexible"]["mean"] - greedy["strict"]["mean"]
         line += f", {greedy['flexible']['mean']:.1%} flexible: {points(lost, signed=False)} points lie in the format"
@@ -203,7 +206,7 @@ def _against(control, pairs) -> str:
     phrases = {
         "higher": "scores higher at",
         "lower": "scores lower at",
-        "suggested": "may differ, without holding after correction, at",
+        "suggested": "differs before correction only at",
         "level": f"does not differ by more than {points(MARGIN, signed=False)} points at",
         "open": "cannot be told from it at",
     }

@@ -20,7 +20,7 @@ ARM_COLORS = ("#004488", "#BB5566", "#DDAA33")
 ARM_LINES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)))
 FAMILY_MARKERS = {"TinyLoRA": "o", "TinyLoRA, structured": "p", "LoRA-XS": "^", "LoRA": "D", "full fine-tuning": "s"}
 DTYPE_MARKERS = {"float32": "o", "bfloat16": "v", "float16": "P"}
-CONTROL_MARKERS = ("x", "+", "1", "2", "3", "4")
+CONTROL_MARKERS = ("x", "+", "*", "2", "3", "4")
 INK, FAINT = "#222222", "#8a8a8a"
 FONT = 9
 DPI = 180
@@ -32,7 +32,7 @@ RL_CURVES = {
 }
 SFT_CURVES = {
     "loss": "loss, nats a token",
-    "mean_token_accuracy": "share of tokens foretold",
+    "mean_token_accuracy": "token accuracy",
     "entropy": "entropy, nats a token",
 }
 
@@ -120,9 +120,18 @@ def _dress(panel: "Axes", title: str = "", x: str = "", y: str = "") -> None:
         panel.spines[side].set_color(FAINT)
 
 
-def _legend(drawing, entries: list, columns: int) -> None:
+def _legend(drawing, groups: list[list]) -> None:
+    """Below the panels, a column a group."""
+    rows = max(len(group) for group in groups)
+    # matplotlib fills column by column: groups as long as the longest keep to theirs.
+    entries = [entry for group in groups for entry in group + [_line(" ", linestyle="none")] * (rows - len(group))]
     drawing.legend(
-        handles=entries, loc="outside lower center", ncols=columns, fontsize=FONT - 1, frameon=False, handlelength=2.6
+        handles=entries,
+        loc="outside lower center",
+        ncols=len(groups),
+        fontsize=FONT - 1,
+        frameon=False,
+        handlelength=2.6,
     )
 
 
@@ -182,7 +191,8 @@ def _by_size(summary, cells, kind, x, x_label, series: Callable[[dict], str]) ->
     )
     markers = {name: _marker(name) for name in names}
     controls = [cell for cell in cells if cell["role"] == "control" and cell[x]]
-    control_names = list(dict.fromkeys(cell["arm"] for cell in controls))
+    crossed = {arm: CONTROL_MARKERS[index % 6] for index, arm in enumerate(dict.fromkeys(c["arm"] for c in controls))}
+    sort = "" if kind == "greedy" else f", sampled at temperature {summary['temperature']:g}"
     for panel, grading in zip(panels, gradings, strict=True):
         for arm in arms:
             for name in names:
@@ -191,22 +201,20 @@ def _by_size(summary, cells, kind, x, x_label, series: Callable[[dict], str]) ->
                 aside = 10 ** (0.09 * (list(arms).index(arm) - (len(arms) - 1) / 2))
                 _draw_series(panel, points, x, aside, kind, grading, markers[name], styles[arm], "TinyLoRA" in name)
         for cell in controls:
-            marker = CONTROL_MARKERS[control_names.index(cell["arm"]) % len(CONTROL_MARKERS)]
-            mean = 100 * cell["accuracy"][kind][grading]["mean"]
-            panel.plot(cell[x], mean, marker, color=INK, markersize=7, markeredgewidth=1.4, zorder=4)
+            place, mean = cell[x] * 10 ** (0.09 * (len(arms) + 1) / 2), 100 * cell["accuracy"][kind][grading]["mean"]
+            panel.plot(place, mean, crossed[cell["arm"]], color=INK, markersize=7, markeredgewidth=1.2, zorder=4)
         panel.set_xscale("log")
-        _dress(panel, f"{grading} grading", x_label)
-        _widen(panel, [cell[x] for cell in [*trained, *controls]])
+        _dress(panel, f"{grading} grading{sort}", x_label)
+        _number_axis(panel, [cell[x] for cell in [*trained, *controls]], (1,))
         panel.set_ylim(-2, 103)
         _baselines(panel, cells, kind, grading)
-    sort = "greedy" if kind == "greedy" else f"sampled at temperature {summary['temperature']:g}"
-    panels[0].set_ylabel(f"test problems right, % ({sort})", fontsize=FONT)
-    entries = [_line(label, linewidth=2, **styles[arm]) for arm, label in arms.items()]
-    entries += [_line(name, marker=markers[name], color="0.35", linestyle="none", markersize=6) for name in names]
-    for index, arm in enumerate(control_names):
-        label = next(cell["arm_label"] for cell in controls if cell["arm"] == arm)
-        entries.append(_line(label, marker=CONTROL_MARKERS[index % len(CONTROL_MARKERS)], color=INK, linestyle="none"))
-    _legend(drawing, entries, 3 if len(gradings) > 1 else 2)
+    panels[0].set_ylabel("test problems right, %", fontsize=FONT)
+    groups = [[_line(label, linewidth=2, **styles[arm]) for arm, label in arms.items()]]
+    groups += [[_line(name, marker=markers[name], color="0.35", linestyle="none", markersize=6) for name in names]]
+    labels = {cell["arm"]: cell["arm_label"] for cell in controls}
+    crosses = {"color": INK, "linestyle": "none", "markersize": 7, "markeredgewidth": 1.2}
+    groups += [[_line(labels[arm], marker=marker, **crosses) for arm, marker in crossed.items()]] if labels else []
+    _legend(drawing, groups)
     return drawing
 
 
@@ -239,9 +247,21 @@ def _draw_series(panel, cells, x, aside, kind, grading, marker, style, is_joined
     )
 
 
-def _widen(panel, places) -> None:
-    """Room at either side, on a logarithmic axis that may hold one number only."""
+def _number_axis(panel, places, steps: tuple[int, ...]) -> None:
+    """A logarithmic axis in plain numbers, with room at either side; it may hold one place only."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     panel.set_xlim(min(places) / 2.2, max(places) * 2.2)
+    panel.xaxis.set_major_locator(LogLocator(subs=steps, numticks=15))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _plain(value)))
+    panel.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _plain(value: float) -> str:
+    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= unit:
+            return f"{value / unit:g}{name}"
+    return f"{value:g}"
 
 
 def _baselines(panel, cells, kind, grading) -> None:
@@ -309,8 +329,10 @@ def curves(summary: dict) -> "Figure":
                 panel.fill_between(
                     cell["curve"]["step"], curve["low"], curve["high"], color=color, alpha=0.15, linewidth=0
                 )
-            _dress(panel, arms[arm] if place == 0 else "", "step" if index == len(rows) - 1 else "", label)
-    _legend(drawing, [_line(labels[size], color=color, linewidth=2) for size, color in colors.items()], 5)
+            _dress(panel, "", "step" if index == len(rows) - 1 else "", label)
+            if place == 0:
+                panel.set_title(arms[arm], fontsize=FONT + 1, color=INK, loc="left", fontweight="bold")
+    _legend(drawing, [[_line(labels[size], color=color, linewidth=2)] for size, color in colors.items()])
     return drawing
 
 
@@ -319,6 +341,7 @@ def _swept(summary) -> dict[str, dict]:
     swept = {
         arm: {size: chosen for size, chosen in sizes.items() if chosen.get("grid")}
         for arm, sizes in summary["learning_rates"].items()
+        if arm in _arms(summary)
     }
     return {arm: sizes for arm, sizes in swept.items() if sizes}
 
@@ -337,25 +360,32 @@ def rates(summary: dict) -> "Figure":
     sizes = [size for size in labels if any(size in chosen for chosen in swept.values())]
     sizes += [size for chosen in swept.values() for size in chosen if size not in sizes]
     sizes = list(dict.fromkeys(sizes))
-    colors = _ramp(sizes)
-    drawing = _drawing(max(3.2 * len(swept), 5), 3.6 + 0.17 * math.ceil((len(sizes) + 2) / 3))
+    # What is not on the first page is dashed.
+    main = summary["main_sizes"] or sizes
+    styles = {size: {"color": color, "linestyle": _dashes(size in main)} for size, color in _ramp(sizes).items()}
+    drawing = _drawing(max(3.2 * len(swept), 5), 3.6 + 0.17 * math.ceil(len(sizes) / 3))
     panels = drawing.subplots(1, len(swept), sharey=True, squeeze=False)[0]
     for panel, (arm, by_size) in zip(panels, swept.items(), strict=True):
         for size, chosen in by_size.items():
             tried = sorted((float(rate), 100 * score) for rate, score in chosen["grid"].items())
-            panel.plot(*zip(*tried, strict=True), ".-", color=colors[size], linewidth=1.6, markersize=6)
+            panel.plot(*zip(*tried, strict=True), marker=".", linewidth=1.6, markersize=6, **styles[size])
             best = (chosen["learning_rate"], 100 * chosen["score"])
-            _mark_chosen(panel, best, colors[size], bool(chosen.get("at_edge")))
+            _mark_chosen(panel, best, styles[size]["color"], bool(chosen.get("at_edge")))
         panel.set_xscale("log")
-        _widen(panel, [float(rate) for chosen in by_size.values() for rate in chosen["grid"]])
+        _number_axis(panel, [float(rate) for chosen in by_size.values() for rate in chosen["grid"]], (1, 3))
         panel.set_ylim(-2, 105)
         _dress(panel, _arms(summary).get(arm, arm), "learning rate")
     panels[0].set_ylabel("validation problems right, %", fontsize=FONT)
     ring = {"linestyle": "none", "markerfacecolor": "none", "color": INK, "markersize": 9}
-    entries = [_line(labels.get(size, size), color=colors[size], linewidth=2) for size in sizes]
-    entries += [_line("chosen", marker="o", **ring), _line("chosen, at the edge of its grid", marker="s", **ring)]
-    _legend(drawing, entries, 3)
+    entries = [_line(labels.get(size, size), linewidth=2, **styles[size]) for size in sizes]
+    half = math.ceil(len(entries) / 2)
+    rings = [_line("chosen", marker="o", **ring), _line("chosen, at the edge of its grid", marker="s", **ring)]
+    _legend(drawing, [group for group in (entries[:half], entries[half:], rings) if group])
     return drawing
+
+
+def _dashes(is_solid: bool):
+    return "-" if is_solid else (0, (3, 1.5))
 
 
 def _mark_chosen(panel, place, color, is_at_edge) -> None:
@@ -373,9 +403,8 @@ def landscape(summary: dict) -> "Figure":
         `matplotlib.figure.Figure`
     """
     styles = _styles(_arms(summary))
-    heights = [3.9 if len(item["grid"]) == 1 else 3.9 for item in summary["landscapes"]]
-    drawing = _drawing(8.6, sum(heights) + 0.4)
-    parts = drawing.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    drawing = _drawing(8.6, 3.9 * len(summary["landscapes"]) + 0.4)
+    parts = drawing.subfigures(len(summary["landscapes"]), 1, squeeze=False)[:, 0]
     for part, item in zip(parts, summary["landscapes"], strict=True):
         (_draw_line if len(item["grid"]) == 1 else _draw_map)(part, item, styles)
     seen = {path["arm"]: path["arm_label"] for item in summary["landscapes"] for path in item["paths"]}
@@ -384,7 +413,7 @@ def landscape(summary: dict) -> "Figure":
         mark = {"linestyle": "none", "color": INK, "markersize": 6}
         entries.append(_line("start", marker="o", markerfacecolor="white", **mark))
         entries.append(_line("end of training", marker="o", **mark))
-        _legend(drawing, entries, len(entries))
+        _legend(drawing, [[entry] for entry in entries])
     return drawing
 
 
@@ -416,10 +445,11 @@ def _draw_map(part, item, styles) -> None:
     part.suptitle(f"{item['label']}, projections of seed {item['seed']}", fontsize=FONT + 1, color=INK)
     panels = part.subplots(1, 2, sharex=True, sharey=True)
     first, second = item["grid"]
+    both = [100 * np.asarray(item[key]) for key in ("reward", "greedy")]
+    lowest, highest = min(map(np.min, both)), max(map(np.max, both))
     for panel, key, title in zip(panels, ("reward", "greedy"), ("sampled", "greedy"), strict=True):
         heights = 100 * np.asarray(item[key]).T
-        drawn = panel.pcolormesh(first, second, heights, cmap="Greys_r", shading="nearest", vmin=0, vmax=100)
-        drawn.set_rasterized(True)
+        drawn = panel.pcolormesh(first, second, heights, cmap="Greys_r", shading="nearest", vmin=lowest, vmax=highest)
         _dress(panel, title, "first value", "second value" if panel is panels[0] else "")
         panel.grid(False)
         for path in item["paths"]:

@@ -1,7 +1,6 @@
 """What a comparison found, from its runs' JSON alone: numbers, text and the README's part. Nothing is trained here."""
 
 import json
-import math
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -11,6 +10,7 @@ import figures
 import numpy as np
 import statistical
 from evaluate import write_text
+from scipy import stats
 
 from trl_tinylora.card import markers, replaced_section
 
@@ -18,7 +18,7 @@ from trl_tinylora.card import markers, replaced_section
 KINDS = ("greedy", "sampled")
 GRADINGS = ("strict", "last_number", "flexible")
 # "format" is what strict grading counts and flexible grading does not, negative where it is the other way round.
-MEASURES = ("strict", "flexible", "format")
+MEASURES = {"greedy": ("strict", "flexible", "format"), "sampled": ("strict", "flexible")}
 ROLES = ("untrained", "control", "arm")
 BUDGET = ("examples", "optimizer_steps", "generated_tokens", "trained_tokens", "train_seconds")
 CURVE_POINTS = 25
@@ -38,8 +38,9 @@ def summarize(
         allowed_differences (`dict[str, str]`): Keys in which the arms' recipes may differ, and why.
         sweep_seconds (`float`): Compute time of the sweep's runs, in seconds; 0 where the rates came from a file.
     Returns:
-        `dict`: All that text and figures need. `main_sizes`: those of the first page, `cells`: one a model that was evaluated (an arm at a size, over its
-        seeds), `pairs`: RL against the other arms and the controls, `landscapes`, and what stands around them.
+        `dict`: All that text and figures need: `main_sizes` (those of the first page), `cells` (one a model that was
+        evaluated: an arm at a size, over its seeds), `pairs` (RL against the other arms and the controls),
+        `landscapes`, and what stands around them.
     """
     groups: dict = {}
     for record in records:
@@ -58,7 +59,7 @@ def summarize(
     _add_recovered(cells)
     first = next((record for record in records if record["phase"] != "landscape"), None)
     metrics = first["metrics"] if first else {}
-    return {
+    summary = {
         "main_sizes": _main_sizes(cells),
         "cells": cells,
         "pairs": pairs,
@@ -72,6 +73,16 @@ def summarize(
         **{key: _distinct(record[key] for record in records) for key in ("git", "versions", "machine")},
         "finished": max((record["finished"] for record in records), default=None),
     }
+    return _rounded(summary)
+
+
+def _rounded(item):
+    """Six significant digits: the file stays small, and what is read from it says the same as what was computed."""
+    if isinstance(item, dict):
+        return {key: _rounded(value) for key, value in item.items()}
+    if isinstance(item, list):
+        return [_rounded(value) for value in item]
+    return float(f"{item:.6g}") if isinstance(item, float) else item
 
 
 def _role(record) -> str:
@@ -83,7 +94,7 @@ def _role(record) -> str:
 def _place(record) -> tuple:
     """Fewer values first; of equal numbers, the size as the paper has it before its variants."""
     config = record.get("config") or {}
-    return record["trained_values"], record["trained_bytes"], config.get("tying", ""), str(record["size"])
+    return record["trained_values"], -record["trained_bytes"], config.get("tying") == "structured", str(record["size"])
 
 
 def family(config: dict) -> str:
@@ -133,7 +144,7 @@ def _cell(group, untrained, rates) -> dict:
         },
         **{key: _mean(item[key] for item in greedy) for key in ("mean_tokens", "truncated", "no_marker")},
         "gains": {
-            kind: {measure: difference(group, untrained, kind, measure) for measure in MEASURES}
+            kind: {measure: difference(group, untrained, kind, measure) for measure in MEASURES[kind]}
             for kind in KINDS
             if kind in first["metrics"]
         }
@@ -169,7 +180,7 @@ def _trained(record) -> dict:
         "seed": record["seed"],
         "projection_seed": record["config"].get("projection_seed"),
         "norm": float(np.linalg.norm(values)),
-        "values": [float(f"{value:.6g}") for value in values] if len(values) <= MOST_SHOWN_VALUES else None,
+        "values": values if len(values) <= MOST_SHOWN_VALUES else None,
     }
 
 
@@ -188,7 +199,7 @@ def _curve(curves) -> dict:
         if key != "step" and all(None not in curve.get(key, [None]) for curve in curves):
             seeds = np.array([stretches(curve[key]) for curve in curves])
             named = {"mean": seeds.mean(0), "low": seeds.min(0), "high": seeds.max(0)}
-            drawn[key] = {name: [float(f"{value:.5g}") for value in values] for name, values in named.items()}
+            drawn[key] = {name: values.tolist() for name, values in named.items()}
     return drawn
 
 
@@ -221,7 +232,7 @@ def difference(group: list[dict], other: list[dict], kind: str, measure: str) ->
         group (`list[dict]`): The records of one model, a seed each.
         other (`list[dict]`): Of the one that is subtracted.
         kind (`str`): `"greedy"` or `"sampled"`.
-        measure (`str`): One of `MEASURES`.
+        measure (`str`): `"strict"`, `"flexible"` or `"format"`.
     Returns:
         `dict` or `None`: `difference`, `interval`, `over_problems`, `over_seeds`, `p`, `n_seeds` (0 where no seed had
         a part in either model), `is_identical` and, for greedy strict answers, `by_seed` (only the one right, only the
@@ -263,20 +274,20 @@ def difference(group: list[dict], other: list[dict], kind: str, measure: str) ->
 
 def _over_problems(first, second) -> tuple[list[float], float]:
     found = statistical.paired_bootstrap(first, second)
-    return list(found["interval"]), found["p"]
+    return found["interval"], found["p_value"]
 
 
 def _over_seeds(differences) -> tuple[list[float], float]:
+    bounds = statistical.seed_interval(differences)
     if np.ptp(differences) == 0:
-        # Seeds that agree to the last problem have no spread to judge by; the interval over problems stands.
-        return [float(differences[0])] * 2, 0.0 if differences[0] else 1.0
-    found = statistical.t_test(differences)
-    return list(found["interval"]), found["p"]
+        # Seeds that agree to the last problem leave the word to the interval over problems.
+        return bounds, 0.0 if differences[0] else 1.0
+    return bounds, float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
 def _mcnemar(first, second) -> dict:
     found = statistical.mcnemar(first, second)
-    return {"only_first": found["only_first"], "only_other": found["only_second"], "p": found["p"]}
+    return {"only_first": found["only_first"], "only_other": found["only_second"], "p": found["p_value"]}
 
 
 def _pairs(ordered) -> Iterator[dict]:
@@ -294,18 +305,21 @@ def _pairs(ordered) -> Iterator[dict]:
                 **{key: first[key] for key in ("size", "label", "trained_values")},
                 **{"first": first["arm"], "first_label": first["arm_label"]},
                 **{"other": other[0]["arm"], "other_label": other[0]["arm_label"]},
-                **{kind: {name: difference(group, other, kind, name) for name in MEASURES} for kind in KINDS},
+                **{
+                    kind: {grading: difference(group, other, kind, grading) for grading in ("strict", "flexible")}
+                    for kind in KINDS
+                },
             }
 
 
 def _correct_for_many(cells, pairs) -> None:
     """Adds `p_corrected` and `corrected_for`: Holm's, over all differences that answer the same question."""
-    questions = [[cell["gains"] for cell in cells]]
+    questions = [[cell["gains"] for cell in cells if cell["role"] == role] for role in ROLES]
     questions += [[pair for pair in pairs if pair["question"] == question] for question in ("arm", "control")]
     for asked in questions:
-        for kind in KINDS:
-            for measure in MEASURES:
-                found = [item[kind][measure] for item in asked if item.get(kind) and item[kind][measure]]
+        for kind, measures in MEASURES.items():
+            for measure in measures:
+                found = [item[kind][measure] for item in asked if item.get(kind, {}).get(measure)]
                 for item, corrected in zip(found, statistical.holm([item["p"] for item in found]), strict=True):
                     item |= {"p_corrected": corrected, "corrected_for": len(found)}
 
@@ -328,7 +342,7 @@ def _landscapes(records) -> list[dict]:
         paths = [
             {
                 **{key: run[key] for key in ("arm", "arm_label", "seed")},
-                "path": [[float(f"{value:.5g}") for value in point] for point in run["path"]],
+                "path": run["path"],
             }
             for run in records
             if run.get("path")
@@ -342,7 +356,7 @@ def _landscapes(records) -> list[dict]:
 
 
 def _main_sizes(cells) -> list[str]:
-    """The sizes that every arm was trained at, which the first page is about; all of them where there is no such one."""
+    """The sizes that every arm was trained at, which the first page is about; all where there is no such one."""
     arms: dict = {}
     for cell in cells:
         if cell["role"] == "arm":
@@ -353,39 +367,30 @@ def _main_sizes(cells) -> list[str]:
 
 def table(summary: dict) -> str:
     """
-    The first page's tables: strict greedy accuracy and the gain split in two, the arms side by side; then the controls.
+    The first page's table: each arm at the main sizes beside the controls, their gain split in two.
 
     Args:
         summary (`dict`): As [`summarize`] returns.
     Returns:
-        `str`: Markdown.
+        `str`: Markdown; a gain is bold where its interval and its p-value carry it.
     """
-    arms = {cell["arm"]: cell["arm_label"] for cell in summary["cells"] if cell["role"] == "arm"}
-    tables = []
-    if arms:
-        lines = [
-            f"| trained | values | {' | '.join(f'{label} | gain = reasoning + format' for label in arms.values())} |",
-            "|---|--:|" + "--:|--:|" * len(arms),
-        ]
-        for size in summary["main_sizes"]:
-            row = {cell["arm"]: cell for cell in summary["cells"] if cell["role"] == "arm" and cell["size"] == size}
-            shown = [f"{_strict(row.get(arm))} | {_gain(row.get(arm))}" for arm in arms]
-            cell = next(iter(row.values()))
-            lines.append(f"| {cell['label']} | {cell['trained_values']:,} | {' | '.join(shown)} |")
-        tables.append("\n".join(lines))
-    controls = [cell for cell in summary["cells"] if cell["role"] != "arm"]
-    if controls:
-        lines = ["| control | trained | strict | gain = reasoning + format |", "|---|---|--:|--:|"]
-        lines += [
-            f"| {cell['arm_label']} | {cell['label'] if cell['size'] else '-'} | {_strict(cell)} | {_gain(cell)} |"
-            for cell in controls
-        ]
-        tables.append("\n".join(lines))
-    return "\n\n".join(tables)
+    cells = [cell for size in summary["main_sizes"] for cell in summary["cells"] if _is_arm_at(cell, size)]
+    cells += [cell for cell in summary["cells"] if cell["role"] != "arm"]
+    rows, above = [], None
+    for cell in cells:
+        group = cell["label"] if cell["size"] else "nothing"
+        named = [group, f"{cell['trained_values']:,}"] if group != above else ["", ""]
+        above = group
+        sampled = cell["accuracy"].get("sampled", {}).get("strict")
+        gains = cell["gains"].get("greedy", {})
+        rows.append([*named, cell["arm_label"], _percent(cell["accuracy"]["greedy"]["strict"]), _percent(sampled)])
+        rows[-1] += [_part(gains.get(measure)) for measure in MEASURES["greedy"]]
+    header = "trained | values | arm or control | strict | sampled | gain | = reasoning | + format"
+    return _grid(header, "lrlrrrrr", rows)
 
 
-def _strict(cell) -> str:
-    return _percent(cell and cell["accuracy"]["greedy"]["strict"])
+def _is_arm_at(cell, size) -> bool:
+    return cell["role"] == "arm" and cell["size"] == size
 
 
 def _percent(spread: dict | None) -> str:
@@ -394,15 +399,11 @@ def _percent(spread: dict | None) -> str:
     return f"{spread['mean']:.1%}" + (f" ± {100 * spread['std']:.1f}" if spread["std"] is not None else "")
 
 
-def _gain(cell) -> str:
-    gains = cell["gains"].get("greedy") if cell else None
-    if not gains or gains["strict"] is None:
+def _part(found: dict | None) -> str:
+    if found is None:
         return "-"
-    total = conclusions.points(gains["strict"]["difference"])
-    if gains["flexible"] is None or gains["format"] is None:
-        return f"{total} = ?"
-    parts = [conclusions.points(gains[measure]["difference"]) for measure in ("flexible", "format")]
-    return f"{total} = {parts[0]} {parts[1][0] if parts[1][0] in '+-' else '+'} {parts[1].lstrip('+-')}"
+    shown = conclusions.points(found["difference"])
+    return f"**{shown}**" if conclusions.verdict(found) in ("higher", "lower") else shown
 
 
 SPLIT = (
@@ -422,26 +423,32 @@ def caption(summary: dict) -> str:
     Returns:
         `str`: One paragraph.
     """
+    if not summary["cells"]:
+        return "No run has ended yet."
     seeds = sorted({seed for cell in summary["cells"] if cell["role"] == "arm" for seed in cell["seeds"]})
     commits = [
         "no git commit" if git is None else f"commit {git['commit'][:12]}{' with changes' if git['is_dirty'] else ''}"
         for git in summary["git"]
     ]
-    spread = f"mean ± standard deviation over {len(seeds)} seeds" if len(seeds) > 1 else f"{len(seeds)} seed"
+    spread = f"Mean ± standard deviation over {len(seeds)} seeds" if len(seeds) > 1 else "1 seed"
+    sampled = ""
+    if summary["samples"]:
+        sampled = f"; sampled: the mean of {summary['samples']} at temperature {summary['temperature']:g}"
     return (
-        f"Greedy answers to {summary['n_problems']} test problems, {spread} ({', '.join(map(str, seeds)) or 'none'}); "
-        f"gains in percentage points over the untrained model. {SPLIT} "
+        f"Share of {summary['n_problems']} test problems answered right by greedy decoding{sampled}. {spread} "
+        f"({', '.join(map(str, seeds)) or 'none'}). Gains of greedy answers over the untrained model, in percentage "
+        f"points, bold where they are claimed. {SPLIT} "
         f"{', '.join(commits)}, {(summary['finished'] or '')[:10]}."
     )
 
 
 RULES = (
-    "Intervals are 95% ones. Each holds the interval over problems (a paired bootstrap of each problem's mean over "
-    "seeds) and the one over seeds (Student's t of the seeds' differences), so that neither other problems nor other "
-    "seeds would take a claim away; with few seeds it is wide. A difference is claimed where the interval leaves out "
-    f"zero and p, the larger one of the two and corrected by Holm for all comparisons of its kind, is at most "
-    f"{conclusions.SIGNIFICANCE:g}; an equality where the interval lies within {100 * conclusions.MARGIN:g} points of "
-    "zero."
+    "In brackets: 95% intervals. Each holds two: over problems (a paired bootstrap of each problem's mean over seeds) "
+    "and over seeds (Student's t of the seeds' differences), so that neither other problems nor other seeds would take "
+    "a claim away; with few seeds it is wide. p is the larger one of a permutation test over problems and a t-test "
+    "over seeds, corrected by Holm for all comparisons that answer the same question. A difference is claimed where "
+    f"the interval leaves out zero and p is at most {conclusions.SIGNIFICANCE:g}; equality is claimed only as an "
+    f"interval within {100 * conclusions.MARGIN:g} points of zero."
 )
 
 
@@ -541,7 +548,7 @@ def _comparisons(summary) -> str:
 def _gains(summary) -> str:
     rows = [
         [cell["arm_label"], cell["label"]]
-        + [_difference(cell["gains"]["greedy"][measure]) for measure in MEASURES]
+        + [_difference(cell["gains"]["greedy"][measure]) for measure in MEASURES["greedy"]]
         + [_difference(cell["gains"].get("sampled", {}).get(measure)) for measure in ("strict", "flexible")]
         for cell in summary["cells"]
         if cell["gains"]
