@@ -24,6 +24,7 @@ CONTROL_MARKERS = ("x", "+", "*", "2", "3", "4")
 INK, FAINT = "#222222", "#8a8a8a"
 FONT = 9
 DPI = 180
+NARROWEST = 7.6  # inches that the names below the panels need
 RL_CURVES = {
     "reward": "reward",
     "completions/mean_length": "tokens of a sample",
@@ -182,7 +183,7 @@ def _by_size(summary, cells, kind, x, x_label, series: Callable[[dict], str]) ->
     styles = _styles(arms)
     trained = [cell for cell in cells if cell["role"] == "arm"]
     gradings = [name for name in ("strict", "flexible") if all(name in cell["accuracy"][kind] for cell in trained)]
-    drawing = _drawing(4.6 * len(gradings), 4.3)
+    drawing = _drawing(max(4.6 * len(gradings), NARROWEST), 4.3)
     panels = drawing.subplots(1, len(gradings), sharey=True, squeeze=False)[0]
     names = list(
         dict.fromkeys(
@@ -332,7 +333,10 @@ def curves(summary: dict) -> "Figure":
             _dress(panel, "", "step" if index == len(rows) - 1 else "", label)
             if place == 0:
                 panel.set_title(arms[arm], fontsize=FONT + 1, color=INK, loc="left", fontweight="bold")
-    _legend(drawing, [[_line(labels[size], color=color, linewidth=2)] for size, color in colors.items()])
+    # As many names side by side as there is room for.
+    entries = [_line(labels[size], color=color, linewidth=2) for size, color in colors.items()]
+    rows_of_names = math.ceil(len(entries) / max(1, int(drawing.get_figwidth() // 2.4)))
+    _legend(drawing, [entries[start : start + rows_of_names] for start in range(0, len(entries), rows_of_names)])
     return drawing
 
 
@@ -363,7 +367,7 @@ def rates(summary: dict) -> "Figure":
     # What is not on the first page is dashed.
     main = summary["main_sizes"] or sizes
     styles = {size: {"color": color, "linestyle": _dashes(size in main)} for size, color in _ramp(sizes).items()}
-    drawing = _drawing(max(3.2 * len(swept), 5), 3.6 + 0.17 * math.ceil(len(sizes) / 3))
+    drawing = _drawing(max(3.2 * len(swept), NARROWEST), 3.6 + 0.17 * math.ceil(len(sizes) / 3))
     panels = drawing.subplots(1, len(swept), sharey=True, squeeze=False)[0]
     for panel, (arm, by_size) in zip(panels, swept.items(), strict=True):
         for size, chosen in by_size.items():
@@ -372,7 +376,8 @@ def rates(summary: dict) -> "Figure":
             best = (chosen["learning_rate"], 100 * chosen["score"])
             _mark_chosen(panel, best, styles[size]["color"], bool(chosen.get("at_edge")))
         panel.set_xscale("log")
-        _number_axis(panel, [float(rate) for chosen in by_size.values() for rate in chosen["grid"]], (1, 3))
+        tried = [float(rate) for chosen in by_size.values() for rate in chosen["grid"]]
+        _number_axis(panel, tried, (1, 3) if max(tried) <= 1000 * min(tried) else (1,))
         panel.set_ylim(-2, 105)
         _dress(panel, _arms(summary).get(arm, arm), "learning rate")
     panels[0].set_ylabel("validation problems right, %", fontsize=FONT)

@@ -9,14 +9,13 @@ import conclusions
 import figures
 import numpy as np
 import statistical
-from evaluate import write_text
+from completions import KINDS, write_text
+from evaluate import GRADINGS
 from scipy import stats
 
 from trl_tinylora.card import markers, replaced_section
 
 
-KINDS = ("greedy", "sampled")
-GRADINGS = ("strict", "last_number", "flexible")
 # "format" is what strict grading counts and flexible grading does not, negative where it is the other way round.
 MEASURES = {"greedy": ("strict", "flexible", "format"), "sampled": ("strict", "flexible")}
 ROLES = ("untrained", "control", "arm")
@@ -109,9 +108,10 @@ def family(config: dict) -> str:
     adapter = config.get("adapter")
     if adapter != "tinylora":
         return {"lora": "LoRA", "full": "full fine-tuning"}.get(adapter, "nothing")
-    if config.get("projection", "gaussian") == "basis":
+    # What a recipe leaves open is None in its record: the config's default.
+    if config.get("projection") == "basis":
         return "LoRA-XS"
-    return "TinyLoRA" if config.get("tying", "tiled") == "tiled" else f"TinyLoRA, {config['tying']}"
+    return "TinyLoRA, structured" if config.get("tying") == "structured" else "TinyLoRA"
 
 
 def _cell(group, untrained, rates) -> dict:
@@ -123,7 +123,7 @@ def _cell(group, untrained, rates) -> dict:
         "role": _role(first),
         **{key: first[key] for key in ("arm", "arm_label", "algorithm", "size", "label")},
         "family": family(config),
-        "kept_dtype": config.get("kept_dtype", "float32") if config.get("adapter") == "tinylora" else None,
+        "kept_dtype": config.get("kept_dtype") or "float32" if config.get("adapter") == "tinylora" else None,
         "trained_values": first["trained_values"],
         "trained_bytes": first["trained_bytes"],
         "learning_rate": first.get("learning_rate"),
@@ -139,8 +139,8 @@ def _cell(group, untrained, rates) -> dict:
             if kind in first["metrics"]
         },
         "pass_at": {
-            k: _mean(record["metrics"]["sampled"]["pass_at"][k] for record in group)
-            for k in first["metrics"].get("sampled", {}).get("pass_at", {})
+            k: _mean(record["metrics"]["sampled"]["strict"]["pass_at"][k] for record in group)
+            for k in first["metrics"].get("sampled", {}).get("strict", {}).get("pass_at", {})
         },
         **{key: _mean(item[key] for item in greedy) for key in ("mean_tokens", "truncated", "no_marker")},
         "gains": {
@@ -257,7 +257,8 @@ def difference(group: list[dict], other: list[dict], kind: str, measure: str) ->
     n_seeds = 0 if _is_fixed(group) and _is_fixed(other) else len(matched)
     found = {
         "difference": float(differences.mean()),
-        "interval": [min(bounds), max(bounds)],
+        # Student's t does not know that shares end at 0 and 1.
+        "interval": [max(-1.0, min(bounds)), min(1.0, max(bounds))],
         "over_problems": over_problems,
         "over_seeds": over_seeds,
         "p": max(p_problems, p_seeds),
@@ -491,12 +492,13 @@ def _notes(summary) -> list[str]:
     notes = []
     if summary["missing"]:
         notes.append(f"**Missing or failed runs:** {', '.join(summary['missing'])}.")
-    for cell in summary["cells"]:
-        if cell["rate_at_edge"]:
-            notes.append(
-                f"**At the edge of its grid:** the learning rate {cell['learning_rate']:g} of {cell['arm_label']}, "
-                f"{cell['label']}; a rate outside might be better."
-            )
+    edges = [
+        f"{cell['arm_label']}, {cell['label']} ({cell['learning_rate']:g})"
+        for cell in summary["cells"]
+        if cell["rate_at_edge"]
+    ]
+    if edges:
+        notes.append(f"**At the edge of its grid**, so that a rate outside might be better: {'; '.join(edges)}.")
     single = [cell for cell in summary["cells"] if cell["role"] == "arm" and len(cell["seeds"]) == 1]
     if single:
         notes.append(f"**One seed** for {len(single)} of the models: their intervals cover other problems only.")

@@ -74,7 +74,7 @@ def measured(generator, strict, flexible):
         greedy[grading] = {"accuracy": float(np.mean(right)), "interval": [0.0, 1.0], "correct": right}
         sampled[grading] = {"accuracy": float(np.mean(drawn)) / SAMPLES, "interval": [0.0, 1.0], "correct": drawn}
     around = {"mean_tokens": 20.0, "truncated": 0.01, "no_marker": 0.1, "tokens": 100}
-    sampled["pass_at"] = {"1": 0.5, "4": 0.8}
+    sampled["strict"]["pass_at"] = {"1": 0.5, "4": 0.8}
     return {
         "n_problems": N,
         "samples": SAMPLES,
@@ -283,6 +283,23 @@ def test_an_interval_holds_the_one_over_seeds_and_the_one_over_problems(made, su
     assert found["difference"] == pytest.approx(seeds.mean(), rel=1e-5) and found["n_seeds"] == 3
 
 
+def test_an_interval_ends_where_shares_end(made):
+    kept = [record for record in copy.deepcopy(made) if record["size"] == "13" and record["arm"] in ("rl", "sft")]
+    for record in kept:
+        right = int(record["arm"] == "rl" and record["seed"] != 2)
+        record["metrics"]["greedy"]["strict"]["correct"] = [right] * N
+    found = pair_of(summarized(kept), "sft", "13")["greedy"]["strict"]
+    assert found["over_seeds"][1] > 1 and found["interval"] == [pytest.approx(found["over_seeds"][0]), 1.0]
+
+
+def test_what_a_recipe_leaves_open_is_the_configs_default():
+    config = {"adapter": "tinylora", "tying": None, "projection": None}
+    assert report.family(config) == "TinyLoRA"
+    assert report.family(config | {"tying": "structured"}) == "TinyLoRA, structured"
+    assert report.family(config | {"projection": "basis"}) == "LoRA-XS"
+    assert report.family({"adapter": "lora"}) == "LoRA" and report.family({"adapter": "full"}) == "full fine-tuning"
+
+
 def test_mcnemars_counts_are_those_of_each_seed(made, summary):
     first, second = answers(made, "rl", "2"), answers(made, "sft-own", "2")
     found = pair_of(summary, "sft-own", "2")["greedy"]["strict"]["by_seed"]
@@ -485,7 +502,7 @@ def test_the_report_states_what_makes_it_believable(made):
         f"{N} test problems",
         "over 3 seeds (1, 2, 3)",
         "**Missing or failed runs:** final-sft-1-seed3.",
-        "the learning rate 0.03 of RL, TinyLoRA, 1 value; a rate outside might be better",
+        "so that a rate outside might be better: RL, TinyLoRA, 1 value (0.03).",
         "| RL | 1,600 | 60 | 70,000 | 90,000 | 31 to 33 |",
         "| SFT on gold answers | 1,600 | 60 | 0 |",
         "- `beta`: RL only",
@@ -601,8 +618,20 @@ def ticks_in_view(axis):
     return [label for label in shown if label.get_visible() and label.get_text()]
 
 
+@pytest.mark.parametrize("is_narrow", [False, True], ids=["many panels", "few panels"])
 @pytest.mark.parametrize("name", figures.FIGURES)
-def test_no_word_of_a_figure_is_cut_off_or_lies_on_another(name, summary):
+def test_no_word_of_a_figure_is_cut_off_or_lies_on_another(name, is_narrow, summary):
+    if is_narrow:
+        summary = copy.deepcopy(summary)
+        summary["cells"] = [cell for cell in summary["cells"] if cell["role"] == "control" or cell["arm"] == "rl"]
+        for cell in summary["cells"]:
+            cell["curve"] = {key: cell["curve"][key] for key in ("step", "reward") if key in cell["curve"]}
+            for kind in cell["accuracy"]:
+                del cell["accuracy"][kind]["flexible"]
+        summary["learning_rates"] = {"rl": summary["learning_rates"]["rl"]}
+        summary["learning_rates"]["rl"]["full"]["grid"]["1e-06"] = 0.9
+        for item in summary["landscapes"]:
+            item["paths"] = [path for path in item["paths"] if path["arm"] == "rl"]
     drawing = figures.FIGURES[name](summary)
     drawing.canvas.draw()
     renderer = drawing.canvas.get_renderer()
