@@ -48,7 +48,7 @@ ADAPTER_KEYS = {item.name for item in fields(AdapterArguments)} | {
     if item.name.startswith(("lora_", "use_peft", "use_rslora", "use_dora"))
 }
 ARM_KEYS = {"label", "recipe", "arguments", "own_samples", "rates_of", "sizes"}
-SIZE_KEYS = {"label", "arguments", "learning_rates"}
+SIZE_KEYS = {"label", "arguments", "learning_rates", "rates_of"}
 # Keys of a control, by kind.
 CONTROLS = {"zero": {"size"}, "random-values": {"size", "of"}, "prompted": {"system_prompt"}}
 
@@ -64,7 +64,7 @@ class CompareArguments(GenerationArguments):
             own right answers, out of so many samples a problem), `rates_of` (an arm whose learning rates are taken,
             instead of a sweep) and `sizes` (of all, by default).
         sizes (`dict`): By name: `label`, `arguments` (of the adapter) and `learning_rates` (a grid by arm, which only a
-            sweep needs).
+            sweep needs) or `rates_of` (a size whose rates are taken).
         controls (`dict`): By name: `label`, `kind` and its keys: `"zero"` (`size`: that adapter, untrained),
             `"random-values"` (`size`, `of`: values of random direction, as long as those that this arm trained) or
             `"prompted"` (`system_prompt`: the untrained model, told so).
@@ -126,6 +126,7 @@ class CompareArguments(GenerationArguments):
                     f"sizes[{name!r}] must hold label, arguments of the adapter, and grids of learning rates; got "
                     f"{sorted(size)} with arguments {sorted(size.get('arguments', {}))}"
                 )
+            self._check_known("sizes", name, "rates_of", [size["rates_of"]] if "rates_of" in size else [], self.sizes)
         for name, arm in self.arms.items():
             self._check_keys("arms", name, arm, ARM_KEYS, {"label", "recipe"})
             if Path(arm.get("recipe", "")).stem not in RECIPES:
@@ -174,6 +175,10 @@ class CompareArguments(GenerationArguments):
     def sizes_of(self, arm: str) -> list[str]:
         """The sizes that an arm is run at."""
         return [size for size in self.sizes if size in self.arms[arm].get("sizes", self.sizes)]
+
+    def rates_from(self, arm: str, size: str) -> tuple[str, str]:
+        """The arm and the size whose learning rates these take: themselves, where nothing else is said."""
+        return self.arms[arm].get("rates_of", arm), self.sizes[size].get("rates_of", size)
 
 
 @dataclass(frozen=True)
@@ -293,7 +298,7 @@ class Plan:
         if arguments.sweep_seed is None:
             return []
         for arm, size in self._cells():
-            if "rates_of" in arguments.arms[arm]:
+            if arguments.rates_from(arm, size) != (arm, size):
                 continue
             grid = arguments.sizes[size].get("learning_rates", {}).get(arm)
             if not grid:
@@ -320,18 +325,13 @@ class Plan:
         Returns:
             `list[Run]`: Seed by seed, RL first.
         """
-        return [
-            self._training(
-                f"final-{arm}-{size}-seed{seed}",
-                "final",
-                arm,
-                size,
-                seed,
-                rates[self.arguments.arms[arm].get("rates_of", arm)][size]["learning_rate"],
-            )
-            for seed in self.arguments.seeds
-            for arm, size in self._cells()
-        ]
+        runs = []
+        for seed in self.arguments.seeds:
+            for arm, size in self._cells():
+                from_arm, from_size = self.arguments.rates_from(arm, size)
+                rate = rates[from_arm][from_size]["learning_rate"]
+                runs.append(self._training(f"final-{arm}-{size}-seed{seed}", "final", arm, size, seed, rate))
+        return runs
 
     def control_names(self) -> list[str]:
         """Names of the runs that train nothing, in their order."""
@@ -550,7 +550,5 @@ def lacking_rates(arguments: CompareArguments, rates: dict) -> list[tuple[str, s
     Returns:
         `list[tuple[str, str]]`: Empty where nothing is lacking.
     """
-    wanted = {
-        (arm.get("rates_of", name), size) for name, arm in arguments.arms.items() for size in arguments.sizes_of(name)
-    }
+    wanted = {arguments.rates_from(arm, size) for arm in arguments.arms for size in arguments.sizes_of(arm)}
     return sorted((arm, size) for arm, size in wanted if size not in rates.get(arm, {}))

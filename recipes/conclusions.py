@@ -1,0 +1,217 @@
+"""What a comparison's report says in words: each sentence follows from an interval and a p-value by a rule.
+
+The rules, in this order, on the 95% interval of a difference and its p-value after correction (Holm):
+
+* the interval leaves out zero and p is at most `SIGNIFICANCE`: higher, or lower;
+* the interval leaves out zero and p does not: suggested, and said to fail the correction;
+* the whole interval lies within `MARGIN` of zero: no difference of more than that;
+* else the data do not decide.
+"""
+
+SIGNIFICANCE = 0.05
+MARGIN = 0.05
+
+
+def verdict(difference: dict | None) -> str:
+    """
+    What a difference's interval and p-value carry, by the rules above.
+
+    Args:
+        difference (`dict`, *optional*): As `report.difference` returns, with `p_corrected`.
+    Returns:
+        `str`: `"higher"`, `"lower"`, `"suggested"`, `"level"`, `"open"`, or `"unknown"` where there is none.
+    """
+    if difference is None:
+        return "unknown"
+    low, high = difference["interval"]
+    if low > 0 or high < 0:
+        if difference["p_corrected"] > SIGNIFICANCE:
+            return "suggested"
+        return "higher" if low > 0 else "lower"
+    return "level" if -MARGIN <= low and high <= MARGIN else "open"
+
+
+def points(value: float, signed: bool = True) -> str:
+    """
+    A share as percentage points, with one decimal, or more where one would show a difference as none.
+
+    Args:
+        value (`float`): In [-1, 1].
+        signed (`bool`, *optional*, defaults to `True`): Whether a positive one has its sign.
+    Returns:
+        `str`: As `"+1.2"`.
+    """
+    decimals = next((count for count in (1, 2, 3) if round(100 * value, count)), 1)
+    rounded = round(100 * value, decimals) + 0.0  # -0.0 would print its sign
+    return f"{rounded:+.{decimals}f}" if signed and rounded else f"{rounded:.{decimals}f}"
+
+
+def interval(difference: dict) -> str:
+    """
+    A difference's interval in words.
+
+    Args:
+        difference (`dict`): As `report.difference` returns.
+    Returns:
+        `str`: As `"-2.0 to 4.4"`.
+    """
+    low, high = difference["interval"]
+    return f"{points(low, signed=False)} to {points(high, signed=False)}"
+
+
+def p_value(p: float) -> str:
+    """
+    A p-value with two significant digits.
+
+    Args:
+        p (`float`): In [0, 1].
+    Returns:
+        `str`: As `"0.012"`, or `"< 0.0001"`.
+    """
+    return "< 0.0001" if p < 1e-4 else f"{p:.2g}"
+
+
+def compared(first: str, other: str, difference: dict | None) -> str:
+    """
+    A sentence on two models' difference.
+
+    Args:
+        first (`str`): The model whose score the difference is counted from.
+        other (`str`): The model that is subtracted.
+        difference (`dict`, *optional*): As `report.difference` returns.
+    Returns:
+        `str`: A sentence that claims what [`verdict`] carries.
+    """
+    # A label with a comma would be taken for a list of models.
+    first, other = (f"“{name}”" if "," in name else name for name in (first, other))
+    if difference is None:
+        return f"{first} and {other} cannot be compared: they share no seed, or their answers were not kept."
+    numbers = f"difference {points(difference['difference'])} points, 95% interval {interval(difference)}"
+    side = "higher" if difference["difference"] > 0 else "lower"
+    sentence = {
+        "higher": f"{first} scores higher than {other}",
+        "lower": f"{first} scores lower than {other}",
+        "suggested": f"Before correction only, {first} scores {side} than {other} ({_corrected(difference)})",
+        "level": f"{first} and {other} do not differ by more than {points(MARGIN, signed=False)} points",
+        "open": f"The data do not tell {first} from {other}",
+    }[verdict(difference)]
+    return f"{sentence}: {numbers}{_coverage(difference)}."
+
+
+def gained(gains: dict | None) -> str:
+    """
+    What a model gained over the untrained one, in words that follow a subject and a colon.
+
+    Args:
+        gains (`dict`, *optional*): A cell's `gains` of one kind of decoding: `strict`, `flexible` and `format`, each
+            as `report.difference` returns or None.
+    Returns:
+        `str`: As `"a gain of 8.0 points (5.0 to 11.0), of it reasoning +6.0 (2.0 to 10.0) and format +2.0."`.
+    """
+    strict = gains and gains["strict"]
+    if not strict:
+        return "not compared with the untrained model."
+    if strict["is_identical"] and gains["flexible"] and gains["flexible"]["is_identical"]:
+        return "graded as the untrained model on every problem."
+    size, bounds = points(abs(strict["difference"]), signed=False), interval(strict)
+    kind = "gain" if strict["difference"] > 0 else "loss"
+    found = verdict(strict)
+    sentence = {
+        "higher": f"a gain of {size} points ({bounds})",
+        "lower": f"a loss of {size} points ({bounds})",
+        "suggested": f"before correction only, a {kind} of {size} points ({bounds}; {_corrected(strict)})",
+        "level": f"no change of more than {points(MARGIN, signed=False)} points "
+        f"({points(strict['difference'])}, {bounds})",
+        "open": f"neither a gain nor a loss is shown ({points(strict['difference'])}, {bounds})",
+    }[found]
+    return f"{sentence}{_split(gains, found)}{_coverage(strict)}."
+
+
+def _split(gains, found) -> str:
+    """The two parts, wherever one of them might hide in the sum, and whether reasoning is shown by itself."""
+    reasoning, form = gains["flexible"], gains["format"]
+    if reasoning is None or form is None:
+        return "; without flexible grading it cannot be split into reasoning and format"
+    verdicts = verdict(reasoning), verdict(form)
+    if found in ("level", "open") and not {"higher", "lower"} & set(verdicts):
+        return ""
+    parts = f", of it reasoning {points(reasoning['difference'])} ({interval(reasoning)}) and format "
+    parts += points(form["difference"])
+    if verdicts[0] == "lower":
+        return f"{parts}: reasoning is lost"
+    return parts if verdicts[0] == "higher" else f"{parts}: no gain in reasoning is shown"
+
+
+def _corrected(difference) -> str:
+    p = f"p = {p_value(difference['p_corrected'])}".replace("= <", "<")
+    return f"{p} when corrected for {difference['corrected_for']} comparisons"
+
+
+def _coverage(difference) -> str:
+    """What one seed cannot tell; where no seed had a part in either model, there is nothing to say."""
+    return " (one seed: nothing is known of others)" if difference["n_seeds"] == 1 else ""
+
+
+def headline(summary: dict) -> list[str]:
+    """
+    The conclusions of a comparison: the untrained model, its controls, and each of the main sizes.
+
+    Args:
+        summary (`dict`): As `report.summarize` returns.
+    Returns:
+        `list[str]`: Markdown, an item of a list each.
+    """
+    lines = []
+    for cell in (cell for cell in summary["cells"] if cell["role"] != "arm"):
+        if cell["role"] == "untrained":
+            lines.append(_untrained(cell))
+        else:
+            subject = f"{cell['arm_label']} ({cell['label']})" if cell["size"] else cell["arm_label"]
+            against = _against(cell, summary["pairs"])
+            lines.append(f"**{_capital(subject)}**: {gained(cell['gains'].get('greedy'))}{against}")
+    for size in summary["main_sizes"]:
+        group = [cell for cell in summary["cells"] if cell["role"] == "arm" and cell["size"] == size]
+        sentences = [f"{_capital(cell['arm_label'])}: {gained(cell['gains'].get('greedy'))}" for cell in group]
+        sentences += [
+            compared(pair["first_label"], pair["other_label"], pair["greedy"]["strict"])
+            for pair in summary["pairs"]
+            if pair["size"] == size and pair["question"] == "arm"
+        ]
+        lines.append(f"**{group[0]['label']}**. {' '.join(sentences)}")
+    return lines
+
+
+def _capital(words: str) -> str:
+    return words[:1].upper() + words[1:]
+
+
+def _untrained(cell) -> str:
+    greedy = cell["accuracy"]["greedy"]
+    line = f"**{_capital(cell['arm_label'])}**: {greedy['strict']['mean']:.1%} strict"
+    if "flexible" in greedy:
+        lost = greedy["flexible"]["mean"] - greedy["strict"]["mean"]
+        line += f", {greedy['flexible']['mean']:.1%} flexible: {points(lost, signed=False)} points lie in the format"
+    return line + "."
+
+
+def _against(control, pairs) -> str:
+    """RL beside a control: in full where they share a size, and by size where the control has none."""
+    pairs = [pair for pair in pairs if pair["other"] == control["arm"]]
+    if control["size"] is not None:
+        return "".join(
+            f" {compared(pair['first_label'], pair['other_label'], pair['greedy']['strict'])}"
+            for pair in pairs
+            if pair["size"] == control["size"]
+        )
+    phrases = {
+        "higher": "scores higher at",
+        "lower": "scores lower at",
+        "suggested": "differs before correction only at",
+        "level": f"does not differ by more than {points(MARGIN, signed=False)} points at",
+        "open": "cannot be told from it at",
+    }
+    found: dict = {}
+    for pair in pairs:
+        found.setdefault(verdict(pair["greedy"]["strict"]), []).append(pair["label"])
+    said = [f"{phrase} {', '.join(map('“{}”'.format, found[key]))}" for key, phrase in phrases.items() if key in found]
+    return f" Beside it {pairs[0]['first_label']} {'; '.join(said)}." if said else ""
