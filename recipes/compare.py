@@ -44,8 +44,9 @@ class Comparison:
         self.provenance = read_provenance()
         self.sweep = self.plan.sweep()
         self.samples = self.plan.samples()
-        self.first = [self.plan.untrained(), *self.samples]
-        names = {run.name: run.algorithm for run in [*self.first, *self.sweep]} | self.plan.final_names()
+        self.untrained = self.plan.untrained()
+        names = {run.name: run.algorithm for run in [self.untrained, *self.samples, *self.sweep]}
+        names |= self.plan.final_names()
         names |= dict.fromkeys(self.plan.control_names())
         # The settings of a final run are known after the sweep; until then a JSON of its name counts as done.
         done = {name for name in names if arguments.path("runs", f"{name}.json").is_file()}
@@ -98,7 +99,8 @@ def main(arguments: CompareArguments) -> int:
             f"{arguments.work}",
             flush=True,
         )
-    first = comparison.do(comparison.first)
+    untrained = comparison.do([comparison.untrained])
+    drawn = comparison.do(comparison.samples)
     swept = comparison.do(comparison.sweep)
     rates = comparison.rates()
     lacking = lacking_rates(arguments, rates)
@@ -111,7 +113,7 @@ def main(arguments: CompareArguments) -> int:
     finals = comparison.do(comparison.plan.final(rates))
     others = comparison.do(comparison.plan.controls(finals))
 
-    records = first | finals | others
+    records = untrained | drawn | finals | others
     summary = report.summarize(
         list(records.values()),
         rates,
