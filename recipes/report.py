@@ -43,7 +43,7 @@ def summarize(
     """
     groups: dict = {}
     for record in records:
-        if record["phase"] != "landscape":
+        if record["phase"] in ("untrained", "control", "final"):
             groups.setdefault((record["arm"], record["size"]), []).append(record)
     for group in groups.values():
         group.sort(key=lambda record: (record["seed"] is not None, record["seed"] or 0))
@@ -53,16 +53,22 @@ def summarize(
     )
     untrained = next((group for group in ordered if _role(group[0]) == "untrained"), None)
     cells = [_cell(group, untrained, rates) for group in ordered]
+    _place_controls(cells)
     pairs = list(_pairs(ordered))
     _correct_for_many(cells, pairs)
     _add_recovered(cells)
-    first = next((record for record in records if record["phase"] != "landscape"), None)
+    first = next((group[0] for group in ordered), None)
     metrics = first["metrics"] if first else {}
     summary = {
         "main_sizes": _main_sizes(cells),
         "cells": cells,
         "pairs": pairs,
         "landscapes": _landscapes(records),
+        "own_samples": [
+            {key: record[key] for key in ("examples", "problems", "generated_tokens")}
+            for record in records
+            if record["phase"] == "samples"
+        ],
         **{key: metrics.get(key) for key in ("n_problems", "samples", "temperature")},
         "learning_rates": rates,
         "sweep_seconds": round(sweep_seconds),
@@ -92,8 +98,9 @@ def _role(record) -> str:
 
 def _place(record) -> tuple:
     """Fewer values first; of equal numbers, the size as the paper has it before its variants."""
-    config = record.get("config") or {}
-    return record["trained_values"], -record["trained_bytes"], config.get("tying") == "structured", str(record["size"])
+    is_variant = (record.get("config") or {}).get("tying") == "structured"
+    bare = record["size"] is not None, record["trained_values"], -record["trained_bytes"]
+    return *bare, is_variant, str(record["size"])
 
 
 def family(config: dict) -> str:
@@ -121,7 +128,8 @@ def _cell(group, untrained, rates) -> dict:
     greedy = [record["metrics"]["greedy"] for record in group]
     return {
         "role": _role(first),
-        **{key: first[key] for key in ("arm", "arm_label", "algorithm", "size", "label")},
+        **{key: first[key] for key in ("arm", "arm_label", "algorithm", "size")},
+        "label": first["label"] or "nothing",
         "family": family(config),
         "kept_dtype": config.get("kept_dtype") or "float32" if config.get("adapter") == "tinylora" else None,
         "trained_values": first["trained_values"],
@@ -154,6 +162,14 @@ def _cell(group, untrained, rates) -> dict:
         "curve": _curve([record["curve"] for record in group if record.get("curve")]),
         "trained": [_trained(record) for record in group if record.get("trained")],
     }
+
+
+def _place_controls(cells) -> None:
+    """A control that trains nothing has the values of its size all the same: they are zero, or random."""
+    counts = {cell["size"]: (cell["trained_values"], cell["trained_bytes"]) for cell in cells if cell["role"] == "arm"}
+    for cell in cells:
+        if cell["role"] == "control" and cell["size"] in counts:
+            cell["trained_values"], cell["trained_bytes"] = counts[cell["size"]]
 
 
 def _spread(measured: list[dict]) -> dict:
@@ -192,13 +208,15 @@ def _curve(curves) -> dict:
     edges = np.unique(np.linspace(0, length, min(CURVE_POINTS, length) + 1).astype(int))
 
     def stretches(values):
-        return [float(np.mean(values[start:end])) for start, end in zip(edges, edges[1:], strict=False)]
+        parts = (values[start:end] for start, end in zip(edges, edges[1:], strict=False))
+        logged = [[value for value in part if value is not None] for part in parts]
+        return [float(np.mean(part)) for part in logged] if all(logged) else None
 
     drawn = {"step": stretches(curves[0]["step"])}
     for key in curves[0]:
-        if key != "step" and all(None not in curve.get(key, [None]) for curve in curves):
-            seeds = np.array([stretches(curve[key]) for curve in curves])
-            named = {"mean": seeds.mean(0), "low": seeds.min(0), "high": seeds.max(0)}
+        seeds = [stretches(curve[key]) if key in curve else None for curve in curves]
+        if key != "step" and None not in seeds:
+            named = {"mean": np.mean(seeds, 0), "low": np.min(seeds, 0), "high": np.max(seeds, 0)}
             drawn[key] = {name: values.tolist() for name, values in named.items()}
     return drawn
 
@@ -379,9 +397,8 @@ def table(summary: dict) -> str:
     cells += [cell for cell in summary["cells"] if cell["role"] != "arm"]
     rows, above = [], None
     for cell in cells:
-        group = cell["label"] if cell["size"] else "nothing"
-        named = [group, f"{cell['trained_values']:,}"] if group != above else ["", ""]
-        above = group
+        named = [cell["label"], f"{cell['trained_values']:,}"] if cell["label"] != above else ["", ""]
+        above = cell["label"]
         sampled = cell["accuracy"].get("sampled", {}).get("strict")
         gains = cell["gains"].get("greedy", {})
         rows.append([*named, cell["arm_label"], _percent(cell["accuracy"]["greedy"]["strict"]), _percent(sampled)])
@@ -626,10 +643,23 @@ def _budget(summary) -> str:
             "A run of each arm, from its smallest to its largest. Equal by design: trained values, examples and "
             "optimiser steps. Trained tokens are those of forward and backward passes, prompts included.",
             _grid(header, "lrrrrr", rows),
+            *_own_samples(summary),
             "The arms' recipes agree on every key but these:",
             _list(f"`{key}`: {reason}" for key, reason in summary["allowed_differences"].items()),
         ]
     )
+
+
+def _own_samples(summary) -> list[str]:
+    if not summary["own_samples"]:
+        return []
+    kept, asked, tokens = (
+        _range([drawn[key] for drawn in summary["own_samples"]]) for key in ("examples", "problems", "generated_tokens")
+    )
+    return [
+        f"The model's own samples: right ones were found of {kept} of {asked} problems a seed, with {tokens} generated "
+        "tokens, which are not in the table."
+    ]
 
 
 def _range(values) -> str:

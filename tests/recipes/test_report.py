@@ -92,7 +92,7 @@ def made_up(name, phase, arm, arm_label, **given):
         "arm_label": arm_label,
         "algorithm": None,
         "size": None,
-        "label": "nothing",
+        "label": "",
         "seed": None,
         "trained_values": 0,
         "trained_bytes": 0,
@@ -113,6 +113,7 @@ def trained(generator, arm, size, seed):
     curve = {"loss": rising, "mean_token_accuracy": rising, "entropy": rising}
     if algorithm == "rl":
         curve = {key: rising for key in ("reward", "completions/mean_length", "entropy", "clip_ratio/region_mean")}
+        curve["entropy"] = [None] + rising[1:]  # as a trainer that had nothing to log yet
     end = np.array([0.6, 0.4])[:count] if algorithm == "rl" else np.array([-0.3, 0.5])[:count]
     walk = (np.arange(61)[:, None] / 60) * (end + generator.normal(0, 0.02, (61, count))) if count <= 2 else None
     reward = {"rl-format": "format", "rl-random": "random"}.get(arm)
@@ -176,8 +177,10 @@ def records(seeds=SEEDS):
             metrics=measured(generator, 0.22, 0.24),
         )
     )
-    zero = {"size": "13", "label": SIZES["13"][0], "trained_values": 13, "trained_bytes": 52, "config": SIZES["13"][2]}
+    zero = {"size": "13", "label": SIZES["13"][0]}
     made.append(made_up("zero", "control", "zero", "zero adapter", metrics=copy.deepcopy(untrained), seed=1, **zero))
+    drawn = {"examples": 900, "problems": 1000, "generated_tokens": 5000, "accuracy": 0.3, "seed": 1}
+    made.append(made_up("samples", "samples", "samples", "own samples", **drawn))
     for seed in seeds:
         metrics = measured(generator, 0.1, 0.2)
         made.append(
@@ -361,6 +364,7 @@ def test_a_curve_is_the_mean_and_range_over_seeds_of_stretches_of_steps(made, su
     first = np.array([np.mean(curve["reward"][:2]) for curve in logged])
     assert drawn["step"][0] == pytest.approx(1.5)
     assert drawn["reward"]["mean"][0] == pytest.approx(first.mean(), rel=1e-4)
+    assert drawn["entropy"]["mean"][0] == pytest.approx(np.mean([curve["reward"][1] for curve in logged]), rel=1e-4)
     assert [drawn["reward"][side][0] for side in ("low", "high")] == pytest.approx([first.min(), first.max()], rel=1e-4)
 
 
@@ -511,6 +515,8 @@ def test_the_report_states_what_makes_it_believable(made):
         "Wilson",
         "| RL | TinyLoRA, 1 value | 2 | 2 | 0.5 | 0.5 |",
         "in the run's JSON",
+        "right ones were found of 900 of 1,000 problems a seed, with 5,000 generated tokens",
+        "| TinyLoRA, 13 values | 13 | zero adapter |",
         "1: 50.0%, 4: 80.0%",
     ):
         assert stated in text, stated
