@@ -7,6 +7,7 @@ A cell of ours says "not run" until the recipe's `results/` holds the `summary.j
 """
 
 import argparse
+import functools
 import json
 import math
 from collections import Counter
@@ -93,14 +94,22 @@ def count_values(model: str, arguments: dict) -> int:
     Returns:
         `int`
     """
-    skeletal = skeleton(config_of(MODEL_SHAPES[model]))
+    parameters, modules = _shapes(model)
     model_args, adapter_args = TrlParser((ModelConfig, AdapterArguments)).parse_dict(arguments)
     if adapter_args.adapter == "full":
-        return sum(parameter.numel() for parameter in skeletal.parameters())
-    names = resolve_target_modules(skeletal, TinyLoraConfig())
+        return parameters
     if adapter_args.adapter == "lora":
-        return model_args.lora_r * sum(sum(skeletal.get_submodule(name).weight.shape) for name in names)
-    return adapter_args.u * count_groups(names, adapter_args.n_tie, adapter_args.tying or TinyLoraConfig.tying)
+        return model_args.lora_r * sum(modules.values())
+    return adapter_args.u * count_groups(list(modules), adapter_args.n_tie, adapter_args.tying or TinyLoraConfig.tying)
+
+
+@functools.cache
+def _shapes(model: str) -> tuple[int, dict[str, int]]:
+    """Number of parameters, and rows plus columns of each adapted module, by name in depth order."""
+    skeletal = skeleton(config_of(MODEL_SHAPES[model]))
+    names = resolve_target_modules(skeletal, TinyLoraConfig())
+    parameters = sum(parameter.numel() for parameter in skeletal.parameters())
+    return parameters, {name: sum(skeletal.get_submodule(name).weight.shape) for name in names}
 
 
 def ours(summary: dict | None, arm: str, size: str | None) -> str:
@@ -175,11 +184,12 @@ def table(published: dict, entry: dict, comparison: CompareArguments, summary: d
     if empty or controls and summary is None:
         sizes = [f"{label} ({number} size{'s' if number > 1 else ''})" for label, number in empty.items()]
         lines.append(f"In the comparison too, {NOT_RUN}, with no published number: {'; '.join(sizes + controls)}.")
+    lines.append("")
     for number, key in enumerate(entry["sources"]):
         source = published["sources"][key]
         name = "The paper's column" if number == 0 else f"[{key}]"
-        lines.append(f"{name}: {source['citation']}. {source['caveat']}")
-    lines += ["", *(f"* {note}" for note in entry["notes"])]
+        lines.append(f"* {name}: {source['citation']}. {source['caveat']}")
+    lines += [f"* {note}" for note in entry["notes"]]
     return "\n".join(lines)
 
 
