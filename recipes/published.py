@@ -19,7 +19,7 @@ from evaluate import write_text
 from memory import SHAPES, TOKENS, config_of, count
 from plan import CompareArguments, Plan
 from report import replace_section
-from trl import ModelConfig, TrlParser
+from trl import TrlParser
 
 from trl_tinylora import TinyLoraConfig
 from trl_tinylora.targets import resolve_target_modules, skeleton
@@ -95,12 +95,12 @@ def count_values(model: str, arguments: dict) -> int:
         `int`
     """
     parameters, modules = _shapes(model)
-    model_args, adapter_args = TrlParser((ModelConfig, AdapterArguments)).parse_dict(arguments)
-    if adapter_args.adapter == "full":
+    if arguments.get("adapter") == "full":
         return parameters
-    if adapter_args.adapter == "lora":
-        return model_args.lora_r * sum(modules.values())
-    return adapter_args.u * count_groups(list(modules), adapter_args.n_tie, adapter_args.tying or TinyLoraConfig.tying)
+    if arguments.get("adapter") == "lora":
+        return arguments["lora_r"] * sum(modules.values())
+    adapter = AdapterArguments(**arguments)
+    return adapter.u * count_groups(list(modules), adapter.n_tie, adapter.tying or TinyLoraConfig.tying)
 
 
 @functools.cache
@@ -214,7 +214,8 @@ def needs(recipe: str) -> str:
         f"{sizes.factors / 1e9:.2f}, one micro-batch of {TOKENS:,} tokens {sizes.activations / 1e9:.1f}: "
         f"**{whole / 1e9:.0f}** in all. vLLM comes on top: its own weights, {sizes.weights / 1e9:.1f}, and a cache "
         f"(`vllm_gpu_memory_utilization`). Full fine-tuning in float32 with Adam takes {full:.0f} and the "
-        f"activations: {math.ceil(full / 70)} or more GPUs of 80 GB under ZeRO-3. By arithmetic (`memory.py`), not measured.",
+        f"activations: {math.ceil(full / 70)} or more GPUs of 80 GB under ZeRO-3. By arithmetic (`memory.py`), not "
+        "measured.",
         "",
         "| comparison | sizes | runs that choose rates | final runs | of them RL |",
         "|---|--:|--:|--:|--:|",

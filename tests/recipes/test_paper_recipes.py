@@ -23,7 +23,7 @@ from miniatures import GSM8K, MODULES, make_miniature, write_math_rows
 from peft import LoraConfig, get_peft_model
 from plan import Plan
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
-from trl import ModelConfig, TrlParser
+from trl import TrlParser
 
 from trl_tinylora import TinyLoraConfig
 
@@ -127,8 +127,10 @@ def test_every_yaml_parses_into_its_trainers_config(folder, name):
     settings = settings_in(path)
     assert model_args.model_name_or_path in SHAPES and training_args.learning_rate == settings["learning_rate"]
     for key, value in settings.items():
-        found = [getattr(item, key) for item in (script_args, training_args, model_args, adapter_args) if key in vars(item)]
-        assert value in found or key in ("report_to", "vllm_mode", "lr_scheduler_type", "save_strategy"), (key, found)
+        found = [
+            getattr(item, key) for item in (script_args, training_args, model_args, adapter_args) if key in vars(item)
+        ]
+        assert value in found or (key, found) == ("report_to", [[]]), (key, found)
 
 
 def test_a_misspelt_key_is_refused(tmp_path):
@@ -240,7 +242,9 @@ def test_the_counts_are_those_of_the_real_architectures(model):
     adapted = get_peft_model(real, LoraConfig(r=8, target_modules="all-linear"))
     lora = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     assert published.count_values(model, {"adapter": "lora", "lora_r": 8}) == lora
-    config = TinyLoraConfig.for_budget(config_for(model), published.count_values(model, {"u": 1, "n_tie": 4}), exact=True)
+    config = TinyLoraConfig.for_budget(
+        config_for(model), published.count_values(model, {"u": 1, "n_tie": 4}), exact=True
+    )
     assert (config.u, config.n_tie) == (1, 4)
 
 
@@ -248,11 +252,10 @@ def test_the_counts_are_those_of_the_real_architectures(model):
 def test_only_the_two_ablations_of_freedom_have_values_that_add_none(path):
     warned = set()
     for name, size in settings_in(path)["sizes"].items():
-        _, adapter_args = TrlParser((ModelConfig, AdapterArguments)).parse_dict(size["arguments"])
-        if adapter_args.adapter == "tinylora":
+        if size["arguments"].get("adapter", "tinylora") == "tinylora":
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                TinyLoraConfig(**adapter_args.tinylora_fields())
+                TinyLoraConfig(**AdapterArguments(**size["arguments"]).tinylora_fields())
             warned |= {name for item in caught if "degrees of freedom" in str(item.message)}
     assert bool(warned) == (short_name(path) in REDUNDANT), warned
 
@@ -282,7 +285,10 @@ def test_a_result_of_our_own_replaces_not_run():
             {
                 "arm": "rl-format",
                 "size": "13",
-                "accuracy": {"greedy_strict": {"mean": 0.8, "std": 0.01}, "greedy_flexible": {"mean": 0.9, "std": None}},
+                "accuracy": {
+                    "greedy_strict": {"mean": 0.8, "std": 0.01},
+                    "greedy_flexible": {"mean": 0.9, "std": None},
+                },
             }
         ],
     }
