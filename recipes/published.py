@@ -118,22 +118,16 @@ def ours(summary: dict | None, arm: str, size: str | None) -> str:
 
     Args:
         summary (`dict` or `None`): As `read_summary` returns.
-        arm (`str`): "untrained" or an arm of the comparison.
-        size (`str` or `None`): A size of the comparison; `None` for the untrained model.
+        arm (`str`): "untrained", an arm or a control of the comparison.
+        size (`str` or `None`): A size of the comparison; `None` for what has none.
     Returns:
         `str`: The cell, "not run" where there is nothing.
     """
-    if summary is None:
-        return NOT_RUN
-    if arm == "untrained":
-        if summary["untrained"] is None:
-            return NOT_RUN
-        greedy = summary["untrained"]["greedy"]
-        return " / ".join(f"{100 * greedy[grading]['accuracy']:.1f}" for grading in ("strict", "flexible"))
-    cell = next((cell for cell in summary["cells"] if (cell["arm"], cell["size"]) == (arm, size)), None)
+    cells = [] if summary is None else summary["cells"]
+    cell = next((cell for cell in cells if (cell["arm"], cell["size"]) == (arm, size)), None)
     if cell is None:
         return NOT_RUN
-    spreads = [cell["accuracy"][f"greedy_{grading}"] for grading in ("strict", "flexible")]
+    spreads = [cell["accuracy"]["greedy"][grading] for grading in ("strict", "flexible")]
     return " / ".join(
         f"{100 * spread['mean']:.1f}" + ("" if spread["std"] is None else f" ± {100 * spread['std']:.1f}")
         for spread in spreads
@@ -154,7 +148,11 @@ def table(published: dict, entry: dict, comparison: CompareArguments, summary: d
     Raises:
         ValueError: If a published row names an arm or a size that the comparison does not have.
     """
-    cells = [("untrained", None)] + [(arm, size) for arm in comparison.arms for size in comparison.sizes_of(arm)]
+    controls = {name: (control["label"], control.get("size")) for name, control in (comparison.controls or {}).items()}
+    cells = [("untrained", None), *((name, size) for name, (_, size) in controls.items())]
+    cells += [(arm, size) for arm in comparison.arms for size in comparison.sizes_of(arm)]
+    labels = {"untrained": "untrained"} | {name: label for name, (label, _) in controls.items()}
+    labels |= {name: arm["label"] for name, arm in comparison.arms.items()}
     rows = {(row["arm"], row["size"]): row for row in entry["rows"]}
     model = settings_of(entry["recipe"])["model_name_or_path"]
     unknown = [cell for cell in rows if cell not in cells]
@@ -169,21 +167,21 @@ def table(published: dict, entry: dict, comparison: CompareArguments, summary: d
     for arm, size in cells:
         row = rows.get((arm, size))
         found = ours(summary, arm, size)
-        label = "untrained" if size is None else comparison.arms[arm]["label"]
         if row is None and found == NOT_RUN:
-            empty[label] += 1
+            empty[labels[arm]] += 1
             continue
         row = row or {"paper": [None] * len(columns), "replications": []}
-        trained = "nothing" if size is None else comparison.sizes[size]["label"]
-        values = 0 if size is None else count_values(model, comparison.sizes[size]["arguments"])
+        # A control holds an adapter of that size without having trained it.
+        is_trained = arm in comparison.arms
+        trained = comparison.sizes[size]["label"] if is_trained else "nothing"
+        values = count_values(model, comparison.sizes[size]["arguments"]) if is_trained else 0
         numbers = ["-" if number is None else f"{number:.1f}" for number in row["paper"]]
         others = "; ".join(f"{item['result']} [{item['source']}]" for item in row["replications"]) or "-"
-        lines.append(f"| {label} | {trained} | {values:,} | {found} | {' | '.join(numbers)} | {others} |")
+        lines.append(f"| {labels[arm]} | {trained} | {values:,} | {found} | {' | '.join(numbers)} | {others} |")
     lines += ["", "In percent. This repository's: greedy, strict / flexible, on the recipe's test problems."]
-    controls = [control["label"] for control in (comparison.controls or {}).values()]
-    if empty or controls and summary is None:
-        sizes = [f"{label} ({number} size{'s' if number > 1 else ''})" for label, number in empty.items()]
-        lines.append(f"In the comparison too, {NOT_RUN}, with no published number: {'; '.join(sizes + controls)}.")
+    if empty:
+        rest = [label + (f" ({number} sizes)" if number > 1 else "") for label, number in empty.items()]
+        lines.append(f"In the comparison too, {NOT_RUN}, and no published number: {'; '.join(rest)}.")
     lines.append("")
     for number, key in enumerate(entry["sources"]):
         source = published["sources"][key]

@@ -276,27 +276,28 @@ def test_a_changed_number_makes_a_readme_stale():
     assert "12.3" not in document and "12.3" in published.renewed(FOLDERS[0].name, numbers)
 
 
+def cell_of(arm, size, strict, spread, flexible):
+    """As report.summarize has it, of what the tables read."""
+    accuracy = {"strict": {"mean": strict, "std": spread}, "flexible": {"mean": flexible, "std": spread}}
+    return {"arm": arm, "size": size, "accuracy": {"greedy": accuracy}}
+
+
 def test_a_result_of_our_own_replaces_not_run():
     entry = copy.deepcopy(next(entry for entry in published.read()["tables"] if entry["section"] == "the-headline"))
     comparison = published.read_comparison(ROOT / "recipes" / entry["recipe"] / entry["comparison"])
     summary = {
-        "untrained": {"greedy": {"strict": {"accuracy": 0.5}, "flexible": {"accuracy": 0.75}}},
         "cells": [
-            {
-                "arm": "rl-format",
-                "size": "13",
-                "accuracy": {
-                    "greedy_strict": {"mean": 0.8, "std": 0.01},
-                    "greedy_flexible": {"mean": 0.9, "std": None},
-                },
-            }
-        ],
+            cell_of("untrained", None, 0.5, None, 0.75),
+            cell_of("zero", "13", 0.5, None, 0.75),
+            cell_of("rl-format", "13", 0.8, 0.01, 0.9),
+        ]
     }
     before = published.table(published.read(), entry, comparison, None)
     after = published.table(published.read(), entry, comparison, summary)
     assert "| untrained | nothing | 0 | not run |" in before and "| RL, format-only reward |" not in before
     assert "| untrained | nothing | 0 | 50.0 / 75.0 |" in after
-    assert "| RL, format-only reward | TinyLoRA, 13 values | 13 | 80.0 ± 1.0 / 90.0 | - | - |" in after
+    assert "| zero adapter | nothing | 0 | 50.0 / 75.0 | - | - |" in after
+    assert "| RL, format-only reward | TinyLoRA, 13 values | 13 | 80.0 ± 1.0 / 90.0 ± 1.0 | - | - |" in after
     entry["rows"].append({"arm": "rl", "size": "14", "values": 14, "paper": [1.0], "replications": []})
     with pytest.raises(ValueError, match="'14'"):
         published.table(published.read(), entry, comparison, None)
