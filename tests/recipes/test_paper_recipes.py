@@ -9,9 +9,11 @@ import copy
 import json
 import math
 import re
+import shlex
 import warnings
 from pathlib import Path
 
+import evaluate
 import grpo
 import published
 import pytest
@@ -21,7 +23,7 @@ import yaml
 from arguments import AdapterArguments
 from miniatures import GSM8K, MODULES, make_miniature, write_math_rows
 from peft import LoraConfig, get_peft_model
-from plan import Plan
+from plan import CompareArguments, Plan
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from trl import TrlParser
 
@@ -155,6 +157,37 @@ def test_the_files_that_a_recipe_names_exist(folder):
     named = set(re.findall(r"recipes/[\w./-]+\.(?:yaml|py)", text))
     assert f"recipes/{folder.name}/compare.yaml" in named and "recipes/accelerate/single.yaml" in named
     assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_the_commands_of_a_readme_are_accepted(folder):
+    (block,) = re.findall(r"```bash\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
+    commands = [shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines()]
+    commands = [command for command in commands if command]
+    evaluated, compared, trained = [], [], []
+    for command in commands:
+        if command[1] == "recipes/evaluate.py":
+            evaluated.append(TrlParser(evaluate.ARGUMENTS).parse_args_and_config(command[2:]))
+        elif command[1] == "recipes/compare.py":
+            (arguments,) = TrlParser(CompareArguments).parse_args_and_config(command[2:])
+            compared.append(command[command.index("--config") + 1])
+            assert arguments.jobs == 8
+        else:
+            assert command[:3] == ["accelerate", "launch", "--config_file"]
+            assert yaml.safe_load(Path(command[3]).read_text())["distributed_type"] == "NO"
+            trained.append(Path(command[4]).stem)
+            assert command[5:] == ["--config", f"recipes/{folder.name}/{trained[-1]}.yaml"]
+    assert trained == ["grpo", "sft"] and len(evaluated) == 2
+    assert sorted(compared) == sorted(path.relative_to(ROOT).as_posix() for path in folder.glob("compare*.yaml"))
+    settings = settings_in(folder / "grpo.yaml")
+    for model_args, evaluation_args in evaluated:
+        assert model_args.model_name_or_path == settings["model_name_or_path"]
+        assert evaluation_args.max_new_tokens == settings["max_completion_length"]
+    names = ["gsm8k"]
+    if folder.name.endswith("math"):
+        names += ["math500", "minerva", "olympiadbench", "aime24", "amc23"]
+    assert evaluated[0][1].benchmark == names
+    assert [args.adapter_path for _, args in evaluated] == [None, settings["output_dir"]]
 
 
 @pytest.mark.parametrize("path", COMPARISONS, ids=short_name)
