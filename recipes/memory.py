@@ -72,6 +72,27 @@ def activation_bytes(hidden: int, layers: int, intermediate: int, vocabulary: in
     return tokens * (BYTES_BF16 * (hidden * layers + 8 * hidden + 3 * intermediate) + 2 * BYTES_FP32 * vocabulary)
 
 
+def config_of(shape: tuple) -> Qwen2Config:
+    """
+    A model's configuration.
+
+    Args:
+        shape (`tuple`): A row of `SHAPES`.
+    Returns:
+        [`~transformers.Qwen2Config`]
+    """
+    hidden, layers, heads, key_value_heads, intermediate, vocabulary, tied = shape
+    return Qwen2Config(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        intermediate_size=intermediate,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+    )
+
+
 def count(shape: tuple) -> Sizes:
     """
     Counts a model's bytes from its shapes.
@@ -81,17 +102,8 @@ def count(shape: tuple) -> Sizes:
     Returns:
         `Sizes`
     """
-    hidden, layers, heads, key_value_heads, intermediate, vocabulary, tied = shape
-    config = Qwen2Config(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_value_heads,
-        intermediate_size=intermediate,
-        vocab_size=vocabulary,
-        tie_word_embeddings=tied,
-    )
-    model = skeleton(config)
+    hidden, layers, _, _, intermediate, vocabulary, _ = shape
+    model = skeleton(config_of(shape))
     adapter = TinyLoraConfig()
     adapted = [model.get_submodule(name) for name in resolve_target_modules(model, adapter)]
     return Sizes(

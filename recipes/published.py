@@ -1,0 +1,275 @@
+"""The published numbers of `published.json` beside our own, as the tables in the READMEs of the paper's recipes.
+
+    python recipes/published.py           # renews every table, and what each recipe needs
+    python recipes/published.py --check   # fails if one is not current
+
+A cell of ours says "not run" until the recipe's `results/` holds the `summary.json` that `compare.py` wrote.
+"""
+
+import argparse
+import functools
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import yaml
+from arguments import AdapterArguments
+from evaluate import write_text
+from memory import SHAPES, TOKENS, config_of, count
+from plan import CompareArguments, Plan
+from report import replace_section
+from trl import TrlParser
+
+from trl_tinylora import TinyLoraConfig
+from trl_tinylora.targets import resolve_target_modules, skeleton
+from trl_tinylora.tying import count_groups
+
+
+ROOT = Path(__file__).parent
+NOT_RUN = "not run"
+# Shapes by name on the Hub. Llama has Qwen2's modules without their biases, which count nowhere here.
+MODEL_SHAPES = {f"Qwen/Qwen2.5-{name}-Instruct": shape for name, shape in SHAPES.items()} | {
+    # config.json of Qwen/Qwen2.5-Math-7B and of meta-llama/Llama-3.2-3B-Instruct.
+    "Qwen/Qwen2.5-Math-7B": SHAPES["7B"],
+    "meta-llama/Llama-3.2-3B-Instruct": (3072, 28, 24, 8, 8192, 128256, True),
+}
+# float32 weights, gradients and Adam's two moments.
+BYTES_FULL = 16
+
+
+def read() -> dict:
+    """The published numbers: `sources`, by key, and `tables`, each of one recipe."""
+    return json.loads((ROOT / "published.json").read_text(encoding="utf-8"))
+
+
+def settings_of(recipe: str) -> dict:
+    """
+    The settings of a recipe's RL arm.
+
+    Args:
+        recipe (`str`): Name of the recipe's folder.
+    Returns:
+        `dict`: Keys of its `grpo.yaml`.
+    """
+    return yaml.safe_load((ROOT / recipe / "grpo.yaml").read_text(encoding="utf-8"))
+
+
+def read_comparison(path: Path) -> CompareArguments:
+    """
+    A comparison, as `compare.py` reads it.
+
+    Args:
+        path (`Path`): Its YAML.
+    Returns:
+        `CompareArguments`
+    """
+    (arguments,) = TrlParser(CompareArguments).parse_args_and_config(["--config", str(path)])
+    return arguments
+
+
+def read_summary(recipe: str, comparison: str) -> dict | None:
+    """
+    What `compare.py` found, where it was run and its results were committed.
+
+    Args:
+        recipe (`str`): Name of the recipe's folder.
+        comparison (`str`): Name of its YAML: the results of `compare.yaml` lie in `results/`, those of
+            `compare_rank.yaml` in `results/rank/`.
+    Returns:
+        `dict` or `None`: As `report.summarize` returns.
+    """
+    folder = ROOT / recipe / "results" / Path(comparison).stem.removeprefix("compare").removeprefix("_")
+    path = folder / "summary.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def count_values(model: str, arguments: dict) -> int:
+    """
+    The number of trained values of a size, from the model's shapes.
+
+    Args:
+        model (`str`): A key of `MODEL_SHAPES`.
+        arguments (`dict`): Of the adapter, as in a comparison's `sizes`.
+    Returns:
+        `int`
+    """
+    parameters, modules = _shapes(model)
+    if arguments.get("adapter") == "full":
+        return parameters
+    if arguments.get("adapter") == "lora":
+        return arguments["lora_r"] * sum(modules.values())
+    adapter = AdapterArguments(**arguments)
+    return adapter.u * count_groups(list(modules), adapter.n_tie, adapter.tying or TinyLoraConfig.tying)
+
+
+@functools.cache
+def _shapes(model: str) -> tuple[int, dict[str, int]]:
+    """Number of parameters, and rows plus columns of each adapted module, by name in depth order."""
+    skeletal = skeleton(config_of(MODEL_SHAPES[model]))
+    names = resolve_target_modules(skeletal, TinyLoraConfig())
+    parameters = sum(parameter.numel() for parameter in skeletal.parameters())
+    return parameters, {name: sum(skeletal.get_submodule(name).weight.shape) for name in names}
+
+
+def ours(summary: dict | None, arm: str, size: str | None) -> str:
+    """
+    Our own greedy accuracies of one row, strict and flexible.
+
+    Args:
+        summary (`dict` or `None`): As `read_summary` returns.
+        arm (`str`): "untrained", an arm or a control of the comparison.
+        size (`str` or `None`): A size of the comparison; `None` for what has none.
+    Returns:
+        `str`: The cell, "not run" where there is nothing.
+    """
+    cells = [] if summary is None else summary["cells"]
+    cell = next((cell for cell in cells if (cell["arm"], cell["size"]) == (arm, size)), None)
+    if cell is None:
+        return NOT_RUN
+    spreads = [cell["accuracy"]["greedy"][grading] for grading in ("strict", "flexible")]
+    return " / ".join(
+        f"{100 * spread['mean']:.1f}" + ("" if spread["std"] is None else f" ± {100 * spread['std']:.1f}")
+        for spread in spreads
+    )
+
+
+def table(published: dict, entry: dict, comparison: CompareArguments, summary: dict | None) -> str:
+    """
+    One table: every arm and size of a comparison, ours beside the paper's and the replications'.
+
+    Args:
+        published (`dict`): As [`read`] returns.
+        entry (`dict`): One of its `tables`.
+        comparison (`CompareArguments`): That the table is of.
+        summary (`dict` or `None`): As [`read_summary`] returns.
+    Returns:
+        `str`: Markdown: table, sources with their caveats, notes.
+    Raises:
+        ValueError: If a published row names an arm or a size that the comparison does not have.
+    """
+    controls = {name: (control["label"], control.get("size")) for name, control in (comparison.controls or {}).items()}
+    cells = [("untrained", None), *((name, size) for name, (_, size) in controls.items())]
+    cells += [(arm, size) for arm in comparison.arms for size in comparison.sizes_of(arm)]
+    labels = {"untrained": "untrained"} | {name: label for name, (label, _) in controls.items()}
+    labels |= {name: arm["label"] for name, arm in comparison.arms.items()}
+    rows = {(row["arm"], row["size"]): row for row in entry["rows"]}
+    model = settings_of(entry["recipe"])["model_name_or_path"]
+    unknown = [cell for cell in rows if cell not in cells]
+    if unknown:
+        raise ValueError(f"published.json has {unknown} for {entry['recipe']}, which its {entry['comparison']} has not")
+    columns = [f"paper: {name}" if index == 0 else name for index, name in enumerate(entry["columns"])]
+    lines = [
+        f"| arm | trained | values | this repository | {' | '.join(columns)} | replications |",
+        "|---|---|--:|--:|" + "--:|" * len(columns) + "---|",
+    ]
+    empty: Counter = Counter()
+    for arm, size in cells:
+        row = rows.get((arm, size))
+        found = ours(summary, arm, size)
+        if row is None and found == NOT_RUN:
+            empty[labels[arm]] += 1
+            continue
+        row = row or {"paper": [None] * len(columns), "replications": []}
+        # A control holds an adapter of that size without having trained it.
+        is_trained = arm in comparison.arms
+        trained = comparison.sizes[size]["label"] if is_trained else "nothing"
+        values = count_values(model, comparison.sizes[size]["arguments"]) if is_trained else 0
+        numbers = ["-" if number is None else f"{number:.1f}" for number in row["paper"]]
+        others = "; ".join(f"{item['result']} [{item['source']}]" for item in row["replications"]) or "-"
+        lines.append(f"| {labels[arm]} | {trained} | {values:,} | {found} | {' | '.join(numbers)} | {others} |")
+    lines += ["", "In percent. This repository's: greedy, strict / flexible, on the recipe's test problems."]
+    if empty:
+        rest = [label + (f" ({number} sizes)" if number > 1 else "") for label, number in empty.items()]
+        lines.append(f"In the comparison too, {NOT_RUN}, and no published number: {'; '.join(rest)}.")
+    lines.append("")
+    for number, key in enumerate(entry["sources"]):
+        source = published["sources"][key]
+        name = "The paper's column" if number == 0 else f"[{key}]"
+        lines.append(f"* {name}: {source['citation']}. {source['caveat']}")
+    lines += [f"* {note}" for note in entry["notes"]]
+    return "\n".join(lines)
+
+
+def needs(recipe: str) -> str:
+    """
+    What a recipe needs: memory by arithmetic, and the runs of its comparisons.
+
+    Args:
+        recipe (`str`): Name of the recipe's folder.
+    Returns:
+        `str`: Markdown.
+    """
+    settings = settings_of(recipe)
+    sizes = count(MODEL_SHAPES[settings["model_name_or_path"]])
+    whole = sizes.weights + sizes.factors + sizes.values + sizes.activations
+    parameters = sizes.weights // 2
+    problems = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
+    problems //= settings["num_generations"]
+    full = parameters * BYTES_FULL / 1e9
+    lines = [
+        f"A GPU that trains few values holds, in GB: weights {sizes.weights / 1e9:.1f}, factors "
+        f"{sizes.factors / 1e9:.2f}, one micro-batch of {TOKENS:,} tokens {sizes.activations / 1e9:.1f}: "
+        f"**{whole / 1e9:.0f}** in all. vLLM comes on top: its own weights, {sizes.weights / 1e9:.1f}, and a cache "
+        f"(`vllm_gpu_memory_utilization`). Full fine-tuning in float32 with Adam takes {full:.0f} and the "
+        f"activations: {math.ceil(full / 70)} or more GPUs of 80 GB under ZeRO-3. By arithmetic (`memory.py`), not "
+        "measured.",
+        "",
+        "| comparison | sizes | runs that choose rates | final runs | of them RL |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for path in sorted((ROOT / recipe).glob("compare*.yaml")):
+        arguments = read_comparison(path)
+        plan = Plan(arguments)
+        sweep, final = plan.sweep(), plan.final_names()
+        of_rl = sum(run.algorithm == "rl" for run in sweep) + sum(kind == "rl" for kind in final.values())
+        lines.append(f"| `{path.name}` | {len(arguments.sizes)} | {len(sweep)} | {len(final)} | {of_rl} |")
+    lines += [
+        "",
+        f"A run of `grpo.yaml` draws {settings['num_generations']} samples of {problems} problems a step, for "
+        f"{settings['num_train_epochs']} passes over the training problems.",
+    ]
+    return "\n".join(lines)
+
+
+def renewed(recipe: str, published: dict) -> str:
+    """
+    A recipe's README with all its sections current.
+
+    Args:
+        recipe (`str`): Name of the recipe's folder.
+        published (`dict`): As [`read`] returns.
+    Returns:
+        `str`: The document.
+    Raises:
+        ValueError: If a marker is missing.
+    """
+    document = (ROOT / recipe / "README.md").read_text(encoding="utf-8")
+    document = replace_section(document, "needs", needs(recipe))
+    for entry in (entry for entry in published["tables"] if entry["recipe"] == recipe):
+        comparison = read_comparison(ROOT / recipe / entry["comparison"])
+        content = table(published, entry, comparison, read_summary(recipe, entry["comparison"]))
+        document = replace_section(document, entry["section"], content)
+    return document
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a README is not current")
+    check = parser.parse_args().check
+    published = read()
+    stale = []
+    for recipe in sorted({entry["recipe"] for entry in published["tables"]}):
+        path, document = ROOT / recipe / "README.md", renewed(recipe, published)
+        if document == path.read_text(encoding="utf-8"):
+            continue
+        stale.append(recipe)
+        if not check:
+            write_text(path, document)
+            print(f"Renewed {path}")
+    if check and stale:
+        raise SystemExit(f"not current: {', '.join(stale)}: run python recipes/published.py")
+
+
+if __name__ == "__main__":
+    main()
