@@ -19,7 +19,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 TOY = ROOT / "recipes" / "toy"
-COMPARISON_FILES = sorted((ROOT / "recipes").glob("*/compare*.yaml"))
+COMPARISON_FILES = sorted(TOY.glob("compare*.yaml"))
 # Two short steps: four problems each.
 SHORT = {
     "rl": {"max_steps": 2, "per_device_train_batch_size": 8, "num_generations": 2, "max_completion_length": 12},
