@@ -267,14 +267,15 @@ def _plain(value: float) -> str:
 
 def _baselines(panel, cells, kind, grading) -> None:
     """Lines of what has no trained values, each named on it, the names apart where the lines are close."""
+    bare = [cell for cell in cells if not cell["trained_values"] and grading in cell["accuracy"][kind]]
+    styles = ((0, (4, 2)), (0, (1, 2)), (0, (4, 2, 1, 2)))
     lines = [
-        (100 * cell["accuracy"][kind][grading]["mean"], cell["arm_label"])
-        for cell in cells
-        if not cell["trained_values"] and grading in cell["accuracy"][kind]
+        (100 * cell["accuracy"][kind][grading]["mean"], cell["arm_label"], styles[index % len(styles)])
+        for index, cell in enumerate(bare)
     ]
     taken: list[float] = []
-    for index, (height, label) in enumerate(sorted(lines)):
-        panel.axhline(height, color=FAINT, linewidth=1, linestyle=((0, (4, 2)), (0, (1, 2)))[index % 2], zorder=1)
+    for height, label, style in sorted(lines, key=lambda line: line[:2]):
+        panel.axhline(height, color=FAINT, linewidth=1, linestyle=style, zorder=1)
         place = max([height + 1, *(other + 5.2 for other in taken)])
         taken.append(place)
         panel.annotate(
