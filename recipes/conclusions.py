@@ -171,7 +171,10 @@ def headline(summary: dict) -> list[str]:
             lines.append(f"**{_capital(subject)}**: {gained(cell['gains'].get('greedy'))}{against}")
     for size in summary["main_sizes"]:
         group = [cell for cell in summary["cells"] if cell["role"] == "arm" and cell["size"] == size]
-        sentences = [f"{_capital(cell['arm_label'])}: {gained(cell['gains'].get('greedy'))}" for cell in group]
+        sentences = [
+            f"{_capital(cell['arm_label'])}: {gained(cell['gains'].get('greedy'))}{_sampled(cell['gains'])}"
+            for cell in group
+        ]
         sentences += [
             compared(pair["first_label"], pair["other_label"], pair["greedy"]["strict"])
             for pair in summary["pairs"]
@@ -179,6 +182,12 @@ def headline(summary: dict) -> list[str]:
         ]
         lines.append(f"**{group[0]['label']}**. {' '.join(sentences)}")
     return lines
+
+
+def _sampled(gains) -> str:
+    """The numbers of sampling beside what is said of greedy answers, which a small push may turn."""
+    strict = gains.get("sampled", {}).get("strict")
+    return f" Sampled: {points(strict['difference'])} ({interval(strict)})." if strict else ""
 
 
 def _capital(words: str) -> str:

@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 ARM_COLORS = ("#004488", "#BB5566", "#DDAA33")
 ARM_LINES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)))
 FAMILY_MARKERS = {"TinyLoRA": "o", "TinyLoRA, structured": "p", "LoRA-XS": "^", "LoRA": "D", "full fine-tuning": "s"}
-DTYPE_MARKERS = {"float32": "o", "bfloat16": "v", "float16": "P"}
+# By bytes, each precision of a family is a series of its own.
+PRECISION_MARKERS = {
+    "TinyLoRA": {"float32": "o", "bfloat16": "v", "float16": "P"},
+    "TinyLoRA, structured": {"float32": "p", "bfloat16": "<", "float16": "X"},
+    "LoRA-XS": {"float32": "^", "bfloat16": ">", "float16": "d"},
+}
+WHOLE = (None, "float32")
 CONTROL_MARKERS = ("x", "+", "*", "2", "3", "4")
 INK, FAINT = "#222222", "#8a8a8a"
 FONT = 9
@@ -73,6 +79,8 @@ def lacking(name: str, summary: dict) -> str | None:
         return None if _swept(summary) else "no learning rates with a score each are on record"
     if not trained:
         return "nothing was trained"
+    if name.startswith("accuracy") and not any(cell["kept_dtype"] in WHOLE for cell in trained):
+        return "no values were kept in float32; see the figure by bytes"
     if name == "accuracy_sampled.png" and not any("sampled" in cell["accuracy"] for cell in trained):
         return "nothing was sampled"
     if name == "curves.png" and not any(_curves(cell) for cell in trained):
@@ -152,9 +160,9 @@ def accuracy(summary: dict, kind: str = "greedy") -> "Figure":
     Returns:
         `matplotlib.figure.Figure`
     """
-    kept = [cell for cell in summary["cells"] if cell["kept_dtype"] in (None, "float32")]
+    kept = [cell for cell in summary["cells"] if cell["kept_dtype"] in WHOLE]
     # Variants of precision have their own figure, by bytes; here they would lie on one another.
-    return _by_size(summary, kept, kind, "trained_values", "trained values", lambda cell: cell["family"])
+    return _by_size(summary, kept, kind, "trained_values", "trained values", lambda cell: None)
 
 
 def by_bytes(summary: dict) -> "Figure":
@@ -167,17 +175,15 @@ def by_bytes(summary: dict) -> "Figure":
         `matplotlib.figure.Figure`
     """
 
+    return _by_size(
+        summary, summary["cells"], "greedy", "trained_bytes", "bytes of trained values", lambda cell: cell["kept_dtype"]
+    )
+
+
+def _by_size(summary, cells, kind, x, x_label, precision: Callable[[dict], str | None]) -> "Figure":
     def series(cell):
-        is_plain = cell["family"] == "TinyLoRA"
-        return f"TinyLoRA, {cell['kept_dtype']}" if is_plain else cell["family"]
+        return (cell["family"], precision(cell))
 
-    kept = [
-        cell for cell in summary["cells"] if cell["family"] == "TinyLoRA" or cell["kept_dtype"] in (None, "float32")
-    ]
-    return _by_size(summary, kept, "greedy", "trained_bytes", "bytes of trained values", series)
-
-
-def _by_size(summary, cells, kind, x, x_label, series: Callable[[dict], str]) -> "Figure":
     cells = [cell for cell in cells if kind in cell["accuracy"]]
     arms = _arms(summary)
     styles = _styles(arms)
@@ -185,12 +191,9 @@ def _by_size(summary, cells, kind, x, x_label, series: Callable[[dict], str]) ->
     gradings = [name for name in ("strict", "flexible") if all(name in cell["accuracy"][kind] for cell in trained)]
     drawing = _drawing(max(4.6 * len(gradings), NARROWEST), 4.3)
     panels = drawing.subplots(1, len(gradings), sharey=True, squeeze=False)[0]
-    names = list(
-        dict.fromkeys(
-            series(cell) for cell in sorted(trained, key=lambda cell: list(FAMILY_MARKERS).index(cell["family"]))
-        )
-    )
-    markers = {name: _marker(name) for name in names}
+    place_of = list(FAMILY_MARKERS).index
+    names = list(dict.fromkeys(series(cell) for cell in sorted(trained, key=lambda cell: place_of(cell["family"]))))
+    markers = {name: PRECISION_MARKERS[name[0]][name[1]] if name[1] else FAMILY_MARKERS[name[0]] for name in names}
     controls = [cell for cell in cells if cell["role"] == "control" and cell[x]]
     crossed = {arm: CONTROL_MARKERS[index % 6] for index, arm in enumerate(dict.fromkeys(c["arm"] for c in controls))}
     sort = "" if kind == "greedy" else f", sampled at temperature {summary['temperature']:g}"
@@ -200,7 +203,7 @@ def _by_size(summary, cells, kind, x, x_label, series: Callable[[dict], str]) ->
                 points = [cell for cell in trained if cell["arm"] == arm and series(cell) == name]
                 # Side by side where the arms have the same number of values.
                 aside = 10 ** (0.09 * (list(arms).index(arm) - (len(arms) - 1) / 2))
-                _draw_series(panel, points, x, aside, kind, grading, markers[name], styles[arm], "TinyLoRA" in name)
+                _draw_series(panel, points, x, aside, kind, grading, markers[name], styles[arm], "TinyLoRA" in name[0])
         for cell in controls:
             place, mean = cell[x] * 10 ** (0.09 * (len(arms) + 1) / 2), 100 * cell["accuracy"][kind][grading]["mean"]
             panel.plot(place, mean, crossed[cell["arm"]], color=INK, markersize=7, markeredgewidth=1.2, zorder=4)
@@ -211,17 +214,13 @@ def _by_size(summary, cells, kind, x, x_label, series: Callable[[dict], str]) ->
         _baselines(panel, cells, kind, grading)
     panels[0].set_ylabel("test problems right, %", fontsize=FONT)
     groups = [[_line(label, linewidth=2, **styles[arm]) for arm, label in arms.items()]]
-    groups += [[_line(name, marker=markers[name], color="0.35", linestyle="none", markersize=6) for name in names]]
+    grey = {"color": "0.35", "linestyle": "none", "markersize": 6}
+    groups += [[_line(", ".join(filter(None, name)), marker=markers[name], **grey) for name in names]]
     labels = {cell["arm"]: cell["arm_label"] for cell in controls}
     crosses = {"color": INK, "linestyle": "none", "markersize": 7, "markeredgewidth": 1.2}
     groups += [[_line(labels[arm], marker=marker, **crosses) for arm, marker in crossed.items()]] if labels else []
     _legend(drawing, groups)
     return drawing
-
-
-def _marker(name: str) -> str:
-    dtype = name.removeprefix("TinyLoRA, ")
-    return DTYPE_MARKERS.get(dtype) or FAMILY_MARKERS.get(name, "o")
 
 
 def _draw_series(panel, cells, x, aside, kind, grading, marker, style, is_joined) -> None:
@@ -267,14 +266,15 @@ def _plain(value: float) -> str:
 
 def _baselines(panel, cells, kind, grading) -> None:
     """Lines of what has no trained values, each named on it, the names apart where the lines are close."""
+    bare = [cell for cell in cells if not cell["trained_values"] and grading in cell["accuracy"][kind]]
+    styles = ((0, (4, 2)), (0, (1, 2)), (0, (4, 2, 1, 2)))
     lines = [
-        (100 * cell["accuracy"][kind][grading]["mean"], cell["arm_label"])
-        for cell in cells
-        if not cell["trained_values"] and grading in cell["accuracy"][kind]
+        (100 * cell["accuracy"][kind][grading]["mean"], cell["arm_label"], styles[index % len(styles)])
+        for index, cell in enumerate(bare)
     ]
     taken: list[float] = []
-    for index, (height, label) in enumerate(sorted(lines)):
-        panel.axhline(height, color=FAINT, linewidth=1, linestyle=((0, (4, 2)), (0, (1, 2)))[index % 2], zorder=1)
+    for height, label, style in sorted(lines, key=lambda line: line[:2]):
+        panel.axhline(height, color=FAINT, linewidth=1, linestyle=style, zorder=1)
         place = max([height + 1, *(other + 5.2 for other in taken)])
         taken.append(place)
         panel.annotate(

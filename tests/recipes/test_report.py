@@ -221,7 +221,7 @@ def made():
 @pytest.fixture(scope="module")
 def few(made):
     """Enough for every figure."""
-    return [record for record in made if record["size"] in (None, "2", "13")]
+    return [record for record in made if record["size"] in (None, "2", "13", "13-bf16")]
 
 
 @pytest.fixture(scope="module")
@@ -554,11 +554,25 @@ def lacking_figures(folder):
         (lambda r: r["seed"] in (2, 3), set(), "**One seed** for"),
         (lambda r: r["phase"] == "landscape", {"landscape.png"}, "Not drawn: no landscape of one or two values was"),
         (lambda r: r["phase"] == "untrained", set(), "not compared with the untrained model"),
+        (
+            lambda r: r["size"] not in (None, "13-bf16"),
+            {"accuracy.png", "accuracy_sampled.png", "landscape.png"},
+            "Not drawn: no values were kept in float32",
+        ),
         (lambda r: r["arm"] == "rl", set(), "None: no RL arm, or nothing beside it."),
         (lambda r: r["phase"] != "untrained", set(figures.FIGURES), "Not drawn: nothing was trained."),
         (lambda r: True, set(figures.FIGURES), "No run has ended yet."),
     ],
-    ids=["an arm", "all but one seed", "landscapes", "untrained", "RL", "all but untrained", "everything"],
+    ids=[
+        "an arm",
+        "all but one seed",
+        "landscapes",
+        "untrained",
+        "all but a precision",
+        "RL",
+        "all but untrained",
+        "everything",
+    ],
 )
 def test_what_is_missing_is_left_out_and_said(tmp_path, few, change, left_out, said):
     report.write(summarized(without(few, change)), tmp_path)
@@ -616,6 +630,20 @@ def test_variants_of_precision_are_drawn_by_bytes_and_not_by_values(summary):
     assert (13 * aside, 100 * cell_of(summary, "rl", "13")["accuracy"]["greedy"]["strict"]["mean"]) in points(
         figures.accuracy(summary)
     )
+
+
+def test_every_precision_of_every_family_has_a_marker_of_its_own(summary):
+    summary = copy.deepcopy(summary)
+    cell = cell_of(summary, "rl", "28-structured")
+    summary["cells"] += [cell | {"kept_dtype": dtype, "trained_bytes": 56} for dtype in ("bfloat16", "float16")]
+    (legend,) = figures.by_bytes(summary).legends
+    markers = {
+        text.get_text(): line.get_marker()
+        for line, text in zip(legend.get_lines(), legend.get_texts(), strict=True)
+        if line.get_marker() not in ("", "None", None)
+    }
+    assert {f"TinyLoRA, structured, {dtype}" for dtype in ("float32", "bfloat16", "float16")} < set(markers)
+    assert len(set(markers.values())) == len(markers)
 
 
 def ticks_in_view(axis):
