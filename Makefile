@@ -12,7 +12,7 @@ RULES := --select E,F,I,W,B,UP,RUF100 --ignore B028,UP007,UP035,UP045 --config '
 
 help:
 	@echo "make compare       RL against SFT on the toy, quick preset"
-	@echo "make compare-full  the same with learning-rate sweep and 3 seeds"
+	@echo "make compare-full  every arm, size and control, with learning-rate sweep and 3 seeds"
 	@echo "make test          the tests, on CPU, without network"
 	@echo "make test-distributed  every launcher, tying, checkpointing and accumulation; under an hour"
 	@echo "make results       README tables and figures from the committed JSON"
@@ -42,6 +42,7 @@ results: $(INSTALLED)
 	$(BIN)/python recipes/benchmarks/many_adapters.py --output recipes/benchmarks/results/many_adapters.json \
 		--report_only --update_readme README.md
 	$(BIN)/python recipes/memory.py --update_readme recipes/README.md
+	$(BIN)/python recipes/published.py
 	PYTHONPATH=recipes:tests $(BIN)/python tests/distributed/matrix.py --output tests/distributed/matrix.json \
 		--report_only --update_readme recipes/README.md
 
