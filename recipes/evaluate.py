@@ -25,7 +25,14 @@ import torch
 import transformers
 import trl
 from completions import KINDS, CompletionsFile, digest_of, read_lines, read_settings, stamp, write_text
-from generation import GenerationArguments, TransformersGenerator, VllmGenerator, load_model, refuse_missing_vllm
+from generation import (
+    GenerationArguments,
+    Generator,
+    TransformersGenerator,
+    VllmGenerator,
+    load_model,
+    refuse_missing_vllm,
+)
 from tqdm.auto import tqdm
 
 import trl_tinylora  # noqa: F401 - PEFT loads a TinyLoRA adapter only once the package has registered it
@@ -131,7 +138,7 @@ def evaluate(
 
 
 def complete(
-    generator: TransformersGenerator | VllmGenerator,
+    generator: Generator,
     tokenizer: transformers.PreTrainedTokenizerBase,
     rows: Sequence[dict],
     arguments: GenerationArguments,
@@ -145,7 +152,7 @@ def complete(
     others. Greedy ones are the same but for rounding: in 16 bits, padding can turn a near tie.
 
     Args:
-        generator (`TransformersGenerator` or `VllmGenerator`): What generates.
+        generator (`Generator`): What generates.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): With a chat template.
         rows (`Sequence[dict]`): With `question` and `answer`, and `id` if they have one.
         arguments (`GenerationArguments`): The task, and how to generate.
@@ -367,7 +374,7 @@ def main(model_args: trl.ModelConfig, evaluation_args: EvaluationArguments) -> d
     return results if args.benchmark else next(iter(results.values()))
 
 
-def _load_generator(model_args, args, tokenizer) -> TransformersGenerator | VllmGenerator:
+def _load_generator(model_args, args, tokenizer) -> Generator:
     """What generates, with the adapter."""
     if args.backend == "vllm":
         return VllmGenerator(model_args, tokenizer, args.adapter_path, args)

@@ -15,7 +15,7 @@ from arguments import AdapterArguments, build_peft_config
 from callbacks import TrainedPath, trained_values
 from completions import read_lines, write_text
 from evaluate import evaluate
-from generation import GenerationArguments
+from generation import GenerationArguments, load_model
 from peft import get_peft_model
 from plan import SCRIPTS, Run
 from tqdm.auto import tqdm
@@ -58,14 +58,12 @@ def do(run: Run, folder: Path) -> dict:
 
 def _load(run: Run):
     """The model as its recipe loads it, with the run's adapter, if it has one."""
-    settings = run.settings
-    name, revision = settings["model_name_or_path"], settings.get("model_revision", "main")
+    names = ("model_name_or_path", "model_revision", "dtype")
+    model_args = trl.ModelConfig(**{key: run.settings[key] for key in names if key in run.settings})
+    name, revision = model_args.model_name_or_path, model_args.model_revision
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
-    dtype = settings.get("dtype", "float32")
-    model = transformers.AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(model_args, device_map="auto" if torch.cuda.is_available() else None)
     if "adapter" in run.options:
-        model_args = trl.ModelConfig(name, model_revision=revision)
         model = get_peft_model(model, build_peft_config(AdapterArguments(**run.options["adapter"]), model_args))
     return model, tokenizer
 

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,7 +78,29 @@ class Completion(NamedTuple):
     truncated: bool
 
 
-class TransformersGenerator:
+class Generator(ABC):
+    """What generates completions."""
+
+    @abstractmethod
+    def identity(self) -> str:
+        """A digest that differs for another model, so that its completions are not taken for this one's."""
+
+    @abstractmethod
+    def generate(self, prompts: Sequence[str], samples: int, is_sampled: bool, seed: int) -> list[list[Completion]]:
+        """
+        Completions of a batch, which follow from the batch and the seed alone.
+
+        Args:
+            prompts (`Sequence[str]`): With the chat template.
+            samples (`int`): Completions a prompt.
+            is_sampled (`bool`): Whether to sample, else greedy.
+            seed (`int`): Of the sampling.
+        Returns:
+            `list[list[Completion]]`: `samples` a prompt, in their order.
+        """
+
+
+class TransformersGenerator(Generator):
     """
     Generates with a model in this process, which comes back in the mode it came in.
 
@@ -94,7 +117,7 @@ class TransformersGenerator:
         self.end_tokens = end_tokens - {None}
 
     def identity(self) -> str:
-        """Digest of every weight in memory, so that completions of another model are not taken for this one's."""
+        """Of every weight in memory."""
         digest = hashlib.sha256()
         for name, value in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -111,17 +134,6 @@ class TransformersGenerator:
         return digest.hexdigest()
 
     def generate(self, prompts: Sequence[str], samples: int, is_sampled: bool, seed: int) -> list[list[Completion]]:
-        """
-        Completions of a batch, which follow from the batch and the seed alone.
-
-        Args:
-            prompts (`Sequence[str]`): With the chat template.
-            samples (`int`): Completions a prompt.
-            is_sampled (`bool`): Whether to sample, else greedy.
-            seed (`int`): Of the sampling.
-        Returns:
-            `list[list[Completion]]`: `samples` a prompt, in their order.
-        """
         tokenizer = self.tokenizer
         # Every value is spelled out, since what is left open comes from the model's own generation config (Qwen's
         # samples with top_k 20 and a repetition penalty).
@@ -160,7 +172,7 @@ class TransformersGenerator:
         return Completion(text, len(tokens) if length is None else length, length is None)
 
 
-class VllmGenerator:
+class VllmGenerator(Generator):
     """
     Generates with vLLM. A TinyLoRA adapter goes to it as a plain LoRA, or merged where it is more than a LoRA.
 
@@ -204,23 +216,13 @@ class VllmGenerator:
         )
 
     def identity(self) -> str:
-        """The model's name and the digest of the adapter's files."""
+        """Of the model's name and the adapter's files."""
         return hashlib.sha256(self.source.encode()).hexdigest()
 
     def generate(self, prompts: Sequence[str], samples: int, is_sampled: bool, seed: int) -> list[list[Completion]]:
-        """
-        As [`TransformersGenerator.generate`]; each prompt has a seed of its own.
-
-        Args:
-            prompts (`Sequence[str]`): With the chat template.
-            samples (`int`): Completions a prompt.
-            is_sampled (`bool`): Whether to sample, else greedy.
-            seed (`int`): Of the sampling.
-        Returns:
-            `list[list[Completion]]`: `samples` a prompt, in their order.
-        """
         from vllm import SamplingParams
 
+        # A seed for each prompt.
         parameters = [
             SamplingParams(
                 n=samples,
