@@ -22,7 +22,6 @@ RECIPES = ROOT / "recipes"
 TOY = RECIPES / "toy"
 
 SCRIPTS = {"grpo": grpo, "sft": sft}
-RECIPE_FILES = sorted(path for path in RECIPES.glob("*/*.yaml") if path.stem in SCRIPTS)
 # Two short steps: four problems each.
 SHORT = {
     "grpo": {"max_steps": 2, "per_device_train_batch_size": 8, "num_generations": 2, "max_completion_length": 12},
@@ -41,13 +40,10 @@ def parse(name, output_dir, **changes):
     return trl.TrlParser(SCRIPTS[name].ARGUMENTS).parse_dict(settings)
 
 
-def test_there_are_recipes_to_test():
-    assert {path.stem for path in RECIPE_FILES} == {"grpo", "sft"}
-
-
-@pytest.mark.parametrize("path", RECIPE_FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_every_recipe_parses_into_its_trainers_config(path, tmp_path):
-    parser = trl.TrlParser(SCRIPTS[path.stem].ARGUMENTS)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_recipe_parses_into_its_trainers_config(name, tmp_path):
+    path = TOY / f"{name}.yaml"
+    parser = trl.TrlParser(SCRIPTS[name].ARGUMENTS)
     arguments = ["--config", str(path), "--output_dir", str(tmp_path), "--learning_rate", "0.5"]
     _, training_args, model_args, adapter_args = parser.parse_args_and_config(arguments)
     assert training_args.learning_rate == 0.5, "the command line must win over the YAML"
