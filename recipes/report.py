@@ -773,7 +773,9 @@ def readme_content(summary: dict, image: str = "recipes/toy/results/accuracy.png
     if not figures.lacking("accuracy.png", summary):
         parts.append(f"![Accuracy by number of trained values]({image})")
     said = conclusions.headline(summary)
-    parts += [_list(said), RULES] if said else []
+    if said:
+        # Folded: a README is read at a glance.
+        parts += ["<details><summary>What the data say, model by model</summary>", _list(said), RULES, "</details>"]
     return "\n\n".join(parts)
 
 
