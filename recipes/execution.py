@@ -198,6 +198,9 @@ def _train(run: Run, folder: Path) -> dict:
         "curve": {"step": [entry["step"] for entry in logs]}
         | {key: [_number(entry.get(key)) for entry in logs] for key in CURVES if any(key in entry for entry in logs)},
     }
+    if "samples" in run.options:
+        # Of the run that drew them: where they lay says nothing to others.
+        record["config"]["dataset_name"] = run.options["samples"]
     if path.points:
         record["path"] = path.points
     return record | {"metrics": _metrics(run, model, trainer.processing_class, folder)}

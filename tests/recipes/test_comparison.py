@@ -440,7 +440,9 @@ def test_own_samples_are_right_answers_of_the_untrained_model_one_a_problem(done
     for row in rows:
         assert row["answer"].rpartition("####")[2].strip() == gold[row["question"]]
     assert {row["answer"] for row in rows}.isdisjoint(row["answer"] for row in given)
-    assert records["final-sft-own-13-seed1"]["metrics"]["n_problems"] == 3, "evaluated on the test problems"
+    trained = records["final-sft-own-13-seed1"]
+    assert trained["metrics"]["n_problems"] == 3, "evaluated on the test problems"
+    assert trained["config"]["dataset_name"] == "samples-8-seed1", "no path of the machine"
 
 
 def test_the_zero_adapter_is_the_untrained_model_and_random_values_are_not(done):
