@@ -93,20 +93,18 @@ def set_values(model: torch.nn.Module, numbers: list[float]) -> None:
         values.copy_(torch.tensor(numbers, dtype=values.dtype).reshape(values.shape))
 
 
-def _rows(run: Run):
+def _rows(run: Run) -> list[dict]:
     evaluation = run.evaluation
-    task = get_task(evaluation.get("task", "gsm8k"))
-    config = run.settings.get("dataset_config")
-    return task.load_rows(evaluation["dataset_name"], evaluation["split"], config, evaluation["limit"])
+    task, config = get_task(evaluation["task"]), run.settings.get("dataset_config")
+    return list(task.load_rows(evaluation["dataset_name"], evaluation["split"], config, evaluation["limit"]))
 
 
-def _generation(run: Run, **changes) -> GenerationArguments:
-    names = {item.name for item in fields(GenerationArguments)}
-    return GenerationArguments(**({key: value for key, value in run.evaluation.items() if key in names} | changes))
+def _generation(run: Run) -> GenerationArguments:
+    return GenerationArguments(**{item.name: run.evaluation[item.name] for item in fields(GenerationArguments)})
 
 
 def _metrics(run: Run, model, tokenizer, folder: Path) -> dict:
-    return evaluate(model, tokenizer, list(_rows(run)), _generation(run), folder / "completions.jsonl")
+    return evaluate(model, tokenizer, _rows(run), _generation(run), folder / "completions.jsonl")
 
 
 def _draw_samples(run: Run, folder: Path) -> dict:
@@ -116,7 +114,7 @@ def _draw_samples(run: Run, folder: Path) -> dict:
     The first right sample of each problem, so that easy problems are not in it more often than hard ones.
     """
     model, tokenizer = _load(run)
-    rows = list(_rows(run))
+    rows = _rows(run)
     metrics = evaluate(model, tokenizer, rows, _generation(run), folder / "completions.jsonl")
     kept: dict[int, dict] = {}
     for line in read_lines(folder / "completions.jsonl"):
@@ -145,7 +143,7 @@ def _draw_samples(run: Run, folder: Path) -> dict:
 def _map_reward(run: Run) -> dict:
     """The mean reward of samples, and greedy accuracy, over a grid of values."""
     model, tokenizer = _load(run)
-    rows = list(_rows(run))
+    rows = _rows(run)
     axes = [np.linspace(-reach, reach, run.options["points"]).tolist() for reach in run.options["reach"]]
     found: dict[str, list[float]] = {"sampled": [], "greedy": []}
     points = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(axes))

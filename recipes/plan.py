@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import grpo
+import numpy as np
 import sft
 import trl
 import yaml
 from arguments import AdapterArguments
+from completions import digest_of
 from generation import GenerationArguments
 
 
@@ -176,6 +178,10 @@ class CompareArguments(GenerationArguments):
         """The sizes that an arm is run at."""
         return [size for size in self.sizes if size in self.arms[arm].get("sizes", self.sizes)]
 
+    def algorithm_of(self, arm: str) -> str:
+        """`"rl"` or `"sft"`, as the name of the arm's recipe says."""
+        return RECIPES[Path(self.arms[arm]["recipe"]).stem][0]
+
     def rates_from(self, arm: str, size: str) -> tuple[str, str]:
         """The arm and the size whose learning rates these take: themselves, where nothing else is said."""
         return self.arms[arm].get("rates_of", arm), self.sizes[size].get("rates_of", size)
@@ -216,7 +222,7 @@ class Run:
     def digest(self) -> str:
         """Equal for two runs exactly if they would do the same."""
         spec = {key: value for key, value in asdict(self).items() if key not in ("label", "arm_label")}
-        return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
+        return digest_of(spec)
 
     def kept(self, arguments: CompareArguments) -> dict | None:
         """
@@ -311,7 +317,7 @@ class Plan:
     def final_names(self) -> dict[str, str]:
         """Algorithm of every final run, by name."""
         return {
-            f"final-{arm}-{size}-seed{seed}": RECIPES[Path(self.arguments.arms[arm]["recipe"]).stem][0]
+            _final_name(arm, size, seed): self.arguments.algorithm_of(arm)
             for seed in self.arguments.seeds
             for arm, size in self._cells()
         }
@@ -330,17 +336,22 @@ class Plan:
             for arm, size in self._cells():
                 from_arm, from_size = self.arguments.rates_from(arm, size)
                 rate = rates[from_arm][from_size]["learning_rate"]
-                runs.append(self._training(f"final-{arm}-{size}-seed{seed}", "final", arm, size, seed, rate))
+                runs.append(self._training(_final_name(arm, size, seed), "final", arm, size, seed, rate))
         return runs
+
+    def _controls(self) -> Iterator[tuple[str, str, dict, int]]:
+        """Of each control's runs: its name, the control's name, what it is, and the seed."""
+        seeds = self.arguments.seeds
+        for name, control in (self.arguments.controls or {}).items():
+            if control["kind"] == "random-values":
+                yield from ((f"control-{name}-seed{seed}", name, control, seed) for seed in seeds)
+            else:
+                yield f"control-{name}", name, control, seeds[0]
 
     def control_names(self) -> list[str]:
         """Names of the runs that train nothing, in their order."""
-        names = [
-            f"control-{name}" + (f"-seed{seed}" if seed is not None else "")
-            for name, control in (self.arguments.controls or {}).items()
-            for seed in (self.arguments.seeds if control["kind"] == "random-values" else [None])
-        ]
-        return names + [f"landscape-{size}" for size in (self.arguments.landscape or {}).get("sizes", [])]
+        landscapes = (self.arguments.landscape or {}).get("sizes", [])
+        return [run for run, *_ in self._controls()] + [f"landscape-{size}" for size in landscapes]
 
     def controls(self, finals: dict[str, dict]) -> list[Run]:
         """
@@ -352,30 +363,26 @@ class Plan:
             `list[Run]`
         """
         runs = []
-        for name, control in (self.arguments.controls or {}).items():
-            title, label = f"control-{name}", control["label"]
+        for title, name, control, seed in self._controls():
+            options, size = {"kind": control["kind"]}, control.get("size")
+            if size is not None:
+                options |= {"seed": seed, "adapter": self._adapter(size, seed)}
+            if control["kind"] == "random-values":
+                trained = finals.get(_final_name(control["of"], size, seed))
+                if trained is None:
+                    continue
+                options["norm"] = _norm(_flat(trained["trained"]))
+            run = self._evaluation(title, name, control["label"], options, size)
             if control["kind"] == "prompted":
-                run = self._evaluation(title, name, label, {"kind": "prompted"})
                 run.evaluation["system_prompt"] = control["system_prompt"]
-                runs.append(run)
-                continue
-            for seed in self.arguments.seeds if control["kind"] == "random-values" else self.arguments.seeds[:1]:
-                options = {"kind": control["kind"], "seed": seed, "adapter": self._adapter(control["size"], seed)}
-                suffix = ""
-                if control["kind"] == "random-values":
-                    trained = finals.get(f"final-{control['of']}-{control['size']}-seed{seed}")
-                    if trained is None:
-                        continue
-                    options["norm"] = _norm(_flat(trained["trained"]))
-                    suffix = f"-seed{seed}"
-                runs.append(self._evaluation(title + suffix, name, label, options, control["size"]))
+            runs.append(run)
         return runs + list(self._landscapes(finals))
 
     def _landscapes(self, finals) -> Iterator[Run]:
         described = self.arguments.landscape or {"sizes": []}
         for size in described["sizes"]:
             seed = self.arguments.seeds[0]
-            paths = [finals.get(f"final-{arm}-{size}-seed{seed}", {}).get("path") for arm in described["of"]]
+            paths = [finals.get(_final_name(arm, size, seed), {}).get("path") for arm in described["of"]]
             if not all(paths):
                 continue
             reach = [max(abs(point[axis]) for path in paths for point in path) for axis in range(len(paths[0][0]))]
@@ -392,12 +399,11 @@ class Plan:
 
     def _cells(self) -> list[tuple[str, str]]:
         """Arm and size of the training runs, RL first."""
-        arms = sorted(self.arguments.arms, key=lambda arm: Path(self.arguments.arms[arm]["recipe"]).stem)
+        arms = sorted(self.arguments.arms, key=self.arguments.algorithm_of)
         return [(arm, size) for arm in arms for size in self.arguments.sizes_of(arm)]
 
     def _training(self, name, phase, arm, size, seed, rate) -> Run:
         described = self.arguments.arms[arm]
-        stem = Path(described["recipe"]).stem
         recipe = self.recipes[arm] | described.get("arguments", {})
         settings = {key: value for key, value in recipe.items() if key not in ADAPTER_KEYS | {"output_dir"}}
         settings |= self._adapter(size, seed) | {"seed": seed, "learning_rate": float(rate)}
@@ -414,7 +420,7 @@ class Plan:
             described["label"],
             size,
             self.arguments.sizes[size].get("label", size),
-            RECIPES[stem][0],
+            self.arguments.algorithm_of(arm),
             settings,
             evaluation,
             inputs,
@@ -452,15 +458,12 @@ class Plan:
         return generation | told | {"limit": self.arguments.eval_limit}
 
 
+def _final_name(arm, size, seed) -> str:
+    return f"final-{arm}-{size}-seed{seed}"
+
+
 def _flat(trained: dict) -> list[float]:
-    numbers = [trained]
-    while any(isinstance(item, dict | list) for item in numbers):
-        numbers = [
-            part
-            for item in numbers
-            for part in (item.values() if isinstance(item, dict) else item if isinstance(item, list) else [item])
-        ]
-    return numbers
+    return [number for tensor in trained.values() for number in np.ravel(tensor).tolist()]
 
 
 def _norm(numbers: list[float]) -> float:
