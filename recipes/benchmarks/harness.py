@@ -1,0 +1,258 @@
+"""What the benchmarks share: timing in turns, peak bytes, records that say where they come from, and their table.
+
+Times are not comparable between machines, nor between minutes of one. So two ways of doing something run in turns in one
+process, and the ratio of each pair is what counts.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from evaluate import write_text
+from provenance import read_provenance
+from report import update_section
+
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    """
+    One line of the README's table of benchmarks.
+
+    Args:
+        claim (`str`): What was compared, with sizes.
+        ours (`float`): Our figure, a median where it is a time.
+        theirs (`float` or `None`): The other one's; `None` where there is nothing to compare with.
+        whose (`str`): Who the other one is.
+        unit (`str`): `"s"`, `"bytes"` or `""`.
+        ratio (`float` or `None`): What the bound is about: theirs over ours, or ours over theirs, as `bound` says.
+        spread (`list[float]`): Smallest and largest ratio of the pairs; the ratio twice where it is no time.
+        bound (`str`): What was asked for, in words.
+        holds (`bool`): Whether it holds.
+    """
+
+    claim: str
+    ours: float
+    theirs: float | None
+    whose: str
+    unit: str
+    ratio: float | None
+    spread: list[float]
+    bound: str
+    holds: bool
+
+
+def synchronize() -> None:
+    """Waits for the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """
+    How long a call takes, the GPU's work included.
+
+    Args:
+        action (`Callable`): Takes no arguments.
+    Returns:
+        `float`
+    """
+    synchronize()
+    start = time.perf_counter()
+    action()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def in_turns(actions: dict[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
+    """
+    Seconds of several actions, each once a round, in an order that turns by one place from round to round.
+
+    Args:
+        actions (`dict[str, Callable]`): By name; none takes arguments.
+        repeats (`int`): Number of rounds.
+        warmup (`int`, *optional*, defaults to 1): Rounds before that are not timed.
+    Returns:
+        `dict[str, list[float]]`: By name, the seconds of each round.
+    """
+    names = list(actions)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for round_number in range(-warmup, repeats):
+        first = round_number % len(names)
+        for name in names[first:] + names[:first]:
+            taken = seconds(actions[name])
+            if round_number >= 0:
+                times[name].append(taken)
+    return times
+
+
+def ratio_of(over: list[float], under: list[float]) -> tuple[float, list[float]]:
+    """
+    Median and range of the ratios of two actions' times, round by round.
+
+    Args:
+        over (`list[float]`): Seconds of one, as [`in_turns`] returns.
+        under (`list[float]`): Seconds of the other.
+    Returns:
+        `tuple[float, list[float]]`: The median, and the smallest and the largest.
+    """
+    ratios = [a / b for a, b in zip(over, under, strict=True)]
+    return statistics.median(ratios), [min(ratios), max(ratios)]
+
+
+def peak_bytes(action: Callable[[], object]) -> int:
+    """
+    The most bytes of tensors that exist at one time during a call, beyond those there were before.
+
+    Args:
+        action (`Callable`): Takes no arguments.
+    Returns:
+        `int`: On the GPU, where there is one, as its allocator counts; otherwise on the CPU, as torch's profiler does.
+            What libraries below torch allocate for themselves (LAPACK's workspace) is not in it.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        action()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = action()
+        del result
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        profiler.export_chrome_trace(file.name)
+        events = json.loads(Path(file.name).read_text(encoding="utf-8"))["traceEvents"]
+    changes = sorted(
+        (event["ts"], position, event["args"]["Bytes"])
+        for position, event in enumerate(events)
+        if event.get("name") == "[memory]" and event["args"]["Device Type"] == 0
+    )
+    present = largest = 0
+    for _, _, change in changes:
+        present += change
+        largest = max(largest, present)
+    return largest
+
+
+def parser_of(document: str, name: str) -> argparse.ArgumentParser:
+    """
+    A parser with the options that every benchmark has.
+
+    Args:
+        document (`str`): The script's docstring.
+        name (`str`): Name of its record in `results/`.
+    Returns:
+        `argparse.ArgumentParser`
+    """
+    parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
+    parser.add_argument("--output", type=Path, default=RESULTS / f"{name}.json", help="JSON file to write")
+    return parser
+
+
+def run(name: str, arguments: argparse.Namespace, measure: Callable[[argparse.Namespace], tuple[list[Row], dict]]):
+    """
+    Measures, prints the rows, and writes the record whole or not at all.
+
+    Args:
+        name (`str`): Name of the record.
+        arguments (`argparse.Namespace`): Of a parser from [`parser_of`].
+        measure (`Callable`): Takes the arguments; returns the rows and everything else that was measured.
+    Returns:
+        `dict`: The record.
+    """
+    torch.set_num_threads(arguments.threads)
+    provenance, start = read_provenance(), time.perf_counter()
+    rows, details = measure(arguments)
+    record = {
+        "name": name,
+        "arguments": {key: value for key, value in vars(arguments).items() if key != "output"},
+        "provenance": provenance,
+        "seconds": time.perf_counter() - start,
+        "rows": [asdict(row) for row in rows],
+        "details": details,
+    }
+    print(table([record]))
+    write_text(arguments.output, json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def table(records: list[dict]) -> str:
+    """
+    The rows of records as Markdown.
+
+    Args:
+        records (`list[dict]`): As [`run`] writes them.
+    Returns:
+        `str`
+    """
+    lines = [
+        "| claim | ours | other | ratio (range) | asked for | holds | machine | script |",
+        "|---|--:|--:|--:|---|---|---|---|",
+    ]
+    for record in records:
+        made, threads = record["provenance"]["machine"], record["arguments"]["threads"]
+        machine = made["gpu"] or f"{threads} thread{'s' * (threads > 1)}, {made['cpu']}"
+        for row in record["rows"]:
+            other = "" if row["theirs"] is None else f"{amount(row['theirs'], row['unit'])}, {row['whose']}"
+            ratio = ""
+            if row["ratio"] is not None:
+                low, high = row["spread"]
+                ratio = f"{row['ratio']:.3g}" + (f" ({low:.3g} to {high:.3g})" if low != high else "")
+            holds = "yes" if row["holds"] else "**no**"
+            lines.append(
+                f"| {row['claim']} | {amount(row['ours'], row['unit'])} | {other} | {ratio} | {row['bound']} | {holds} "
+                f"| {machine} | {record['name']}.py |"
+            )
+    return "\n".join(lines)
+
+
+def amount(value: float, unit: str) -> str:
+    """
+    A figure with its unit, for people.
+
+    Args:
+        value (`float`): In seconds or bytes, or without a unit.
+        unit (`str`): `"s"`, `"bytes"` or `""`.
+    Returns:
+        `str`
+    """
+    if unit == "bytes":
+        for size, prefix in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+            if abs(value) >= size:
+                return f"{value / size:.3g} {prefix}"
+        return f"{value:.0f} bytes"
+    if unit == "s":
+        return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms"
+    return f"{value:.3g}"
+
+
+def main() -> None:
+    """Renews the README's table from the committed records."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--update_readme", type=Path, help="README whose section `benchmarks` is renewed")
+    arguments = parser.parse_args()
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
+    found = table([record for record in records if record.get("rows")])
+    print(found)
+    if arguments.update_readme is not None:
+        update_section(arguments.update_readme, "benchmarks", found)
+
+
+if __name__ == "__main__":
+    main()
