@@ -33,6 +33,7 @@ test: $(INSTALLED)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-distributed: $(INSTALLED)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow tests/distributed
 	PYTHONPATH=recipes:tests $(BIN)/python tests/distributed/matrix.py --output tests/distributed/matrix.json \
 		--update_readme recipes/README.md
 

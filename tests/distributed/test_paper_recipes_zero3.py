@@ -1,32 +1,45 @@
 """The paper's recipes under ZeRO-3, by the command of their READMEs, on random-weight miniatures. Two CPU processes."""
 
+import re
+
 import pytest
 import torch
 import yaml
-from miniatures import GSM8K, MODULES, make_miniature
+from miniatures import GSM8K, MODULES, make_miniature, write_math_rows
 from runs import ROOT, accelerate_launch
 from tiny import values_in
 
 
-@pytest.mark.parametrize(
-    ("recipe", "name", "overrides"),
-    [
-        # A random reward: the miniature answers nothing right, and the values would stay where they are.
-        ("llama-3.2-3b-gsm8k", "grpo", {"use_vllm": False, "max_completion_length": 8, "reward": "random"}),
-        ("qwen2.5-7b-gsm8k", "sft", {}),
-    ],
-)
-def test_a_paper_recipe_runs_three_steps_under_zero3(tmp_path, recipe, name, overrides):
-    path = ROOT / "recipes" / recipe / f"{name}.yaml"
+FOLDERS = sorted(path for path in (ROOT / "recipes").iterdir() if re.fullmatch(r".+-(gsm8k|math)", path.name))
+# Of each script one with every change; half a minute each.
+WITH_EVERY_CHANGE = {("llama-3.2-3b-gsm8k", "grpo"), ("qwen2.5-7b-gsm8k", "sft")}
+RUNS = [
+    pytest.param(
+        folder,
+        name,
+        id=f"{folder.name}-{name}",
+        marks=() if (folder.name, name) in WITH_EVERY_CHANGE else pytest.mark.slow,
+    )
+    for folder in FOLDERS
+    for name in ("grpo", "sft")
+]
+
+
+@pytest.mark.parametrize(("folder", "name"), RUNS)
+def test_a_paper_recipe_runs_three_steps_under_zero3(tmp_path, folder, name):
+    path = folder / f"{name}.yaml"
     settings = yaml.safe_load(path.read_text())
-    overrides |= {
+    overrides = {
         "model_name_or_path": make_miniature(settings["model_name_or_path"], tmp_path / "miniature"),
-        "dataset_name": GSM8K,
+        "dataset_name": GSM8K if settings["task"] == "gsm8k" else write_math_rows(tmp_path / "math.jsonl"),
         "max_steps": 3,
         "gradient_accumulation_steps": 1,
         "output_dir": tmp_path / "run",
         "use_cpu": not torch.cuda.is_available(),
     }
+    if name == "grpo":
+        # A random reward: the miniature answers nothing right, and the values would stay where they are.
+        overrides |= {"use_vllm": False, "max_completion_length": 8, "reward": "random"}
     given = [text for key, value in overrides.items() for text in (f"--{key}", value)]
     completed = accelerate_launch("zero3", ROOT / "recipes" / f"{name}.py", "--config", path, *given)
     # gloo's threads abort one finished process in some thirty as Python ends (runs.launch_recipe).
