@@ -1,4 +1,4 @@
-.PHONY: help compare compare-full test test-distributed results quality style clean
+.PHONY: help bench compare compare-full test test-distributed results quality style clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CODE := trl_tinylora recipes tests
+BENCHMARKS := build step merge fidelity many_adapters growth toy_profile imports
 # ruff reads no setup.cfg, so its options stand here.
 RUFF := --line-length 120 --target-version py310
 RULES := --select E,F,I,W,B,UP,RUF100 --ignore B028,UP007,UP035,UP045 --config 'lint.isort.lines-after-imports=2'
@@ -15,6 +16,7 @@ help:
 	@echo "make compare-full  every arm, size and control, with learning-rate sweep and 3 seeds"
 	@echo "make test          the tests, on CPU, without network"
 	@echo "make test-distributed  every launcher, tying, checkpointing and accumulation; under an hour"
+	@echo "make bench         every row of the README's table of benchmarks; on a quiet machine"
 	@echo "make results       README tables and figures from the committed JSON"
 	@echo "make quality       linter; make style fixes what it can"
 
@@ -37,11 +39,18 @@ test-distributed: $(INSTALLED)
 	PYTHONPATH=recipes:tests $(BIN)/python tests/distributed/matrix.py --output tests/distributed/matrix.json \
 		--update_readme recipes/README.md
 
+bench: $(INSTALLED)
+	for name in $(BENCHMARKS); do \
+		OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python recipes/benchmarks/$$name.py || exit 1; \
+	done
+	$(BIN)/python recipes/benchmarks/growth.py --report_only
+	$(BIN)/python recipes/benchmarks/harness.py --update_readme README.md
+
 results: $(INSTALLED)
 	$(BIN)/python recipes/compare.py --config recipes/toy/compare.yaml --output_dir recipes/toy/results --report_only \
 		--update_readme README.md
-	$(BIN)/python recipes/benchmarks/many_adapters.py --output recipes/benchmarks/results/many_adapters.json \
-		--report_only --update_readme README.md
+	$(BIN)/python recipes/benchmarks/growth.py --report_only
+	$(BIN)/python recipes/benchmarks/harness.py --update_readme README.md
 	$(BIN)/python recipes/memory.py --update_readme recipes/README.md
 	$(BIN)/python recipes/published.py
 	PYTHONPATH=recipes:tests $(BIN)/python tests/distributed/matrix.py --output tests/distributed/matrix.json \

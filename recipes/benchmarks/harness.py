@@ -42,8 +42,8 @@ class Row:
         unit (`str`): `"s"`, `"bytes"` or `""`.
         ratio (`float` or `None`): What the bound is about: theirs over ours, or ours over theirs, as `bound` says.
         spread (`list[float]`): Smallest and largest ratio of the pairs; the ratio twice where it is no time.
-        bound (`str`): What was asked for, in words.
-        holds (`bool`): Whether it holds.
+        bound (`str`): What is asked of the figure, in words; empty where nothing is.
+        holds (`bool` or `None`): Whether that holds.
     """
 
     claim: str
@@ -54,7 +54,7 @@ class Row:
     ratio: float | None
     spread: list[float]
     bound: str
-    holds: bool
+    holds: bool | None
 
 
 def synchronize() -> None:
@@ -149,6 +149,15 @@ def peak_bytes(action: Callable[[], object]) -> int:
     return largest
 
 
+def tensor_bytes() -> int:
+    """Bytes of all tensors in the process, each storage once, buffers and plain attributes included."""
+    gc.collect()
+    # By type: `isinstance` would wake lazy modules that the collector knows of.
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    storages = [tensor.untyped_storage() for tensor in tensors if not tensor.is_meta]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
 def parser_of(document: str, name: str) -> argparse.ArgumentParser:
     """
     A parser with the options that every benchmark has.
@@ -214,7 +223,7 @@ def table(records: list[dict]) -> str:
             if row["ratio"] is not None:
                 low, high = row["spread"]
                 ratio = f"{row['ratio']:.3g}" + (f" ({low:.3g} to {high:.3g})" if low != high else "")
-            holds = "yes" if row["holds"] else "**no**"
+            holds = {None: "", True: "yes", False: "**no**"}[row["holds"]]
             lines.append(
                 f"| {row['claim']} | {amount(row['ours'], row['unit'])} | {other} | {ratio} | {row['bound']} | {holds} "
                 f"| {machine} | {record['name']}.py |"
@@ -242,16 +251,26 @@ def amount(value: float, unit: str) -> str:
     return f"{value:.3g}"
 
 
+def committed() -> str:
+    """The README's table, from the records in `results/`, and what made them."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
+    versions = sorted({f"torch {made['torch']}, peft {made['peft']}" for made in _of_each(records, "versions")})
+    commits = sorted({git["commit"][:12] for git in _of_each(records, "git")})
+    return f"{table(records)}\n\n{'; '.join(versions)}; measured at {', '.join(commits)}."
+
+
+def _of_each(records, key):
+    return [record["provenance"][key] for record in records]
+
+
 def main() -> None:
-    """Renews the README's table from the committed records."""
+    """Prints the table of the committed records, and renews it in a README."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--update_readme", type=Path, help="README whose section `benchmarks` is renewed")
     arguments = parser.parse_args()
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
-    found = table([record for record in records if record.get("rows")])
-    print(found)
+    print(committed())
     if arguments.update_readme is not None:
-        update_section(arguments.update_readme, "benchmarks", found)
+        update_section(arguments.update_readme, "benchmarks", committed())
 
 
 if __name__ == "__main__":

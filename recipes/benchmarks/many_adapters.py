@@ -1,8 +1,7 @@
 """
 What one more adapter costs, and what a batch costs whose rows have adapters of their own.
 
-    python recipes/benchmarks/many_adapters.py                    # prints the tables
-    python recipes/benchmarks/many_adapters.py --output recipes/benchmarks/results/many_adapters.json
+    python recipes/benchmarks/many_adapters.py
 
 Adapters are added to a small Qwen2 with random weights, in turns with PEFT's own TinyLoRA on a copy of it: same rank,
 same number of trained values, same modules. Both are asked for through `PeftModel.add_adapter`. CPU, under two minutes.
@@ -10,13 +9,10 @@ same number of trained values, same modules. Both are asked for through `PeftMod
 
 import argparse
 import gc
-import json
 import statistics
 import sys
-import time
 import tracemalloc
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -26,9 +22,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluate import write_text
-from provenance import read_provenance
-from report import update_section
+from harness import Row, in_turns, parser_of, ratio_of, run, seconds, tensor_bytes
 
 from trl_tinylora import TinyLoraConfig
 
@@ -68,29 +62,6 @@ def pefts_config() -> peft.TinyLoraConfig:
     return peft.TinyLoraConfig(r=RANK, u=1, weight_tying=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def tensor_bytes() -> int:
-    """Returns the bytes of all tensors in the process, each storage once, buffers and plain attributes included."""
-    gc.collect()
-    # By type: `isinstance` would wake lazy modules that the collector knows of.
-    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
-    storages = [tensor.untyped_storage() for tensor in tensors if not tensor.is_meta]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-def timed(action: Callable[[], object]) -> float:
-    """Returns how many milliseconds a call takes.
-
-    Args:
-        action (`Callable`): Takes no arguments.
-
-    Returns:
-        `float`
-    """
-    start = time.perf_counter()
-    action()
-    return 1e3 * (time.perf_counter() - start)
-
-
 def measure_adding(arguments: argparse.Namespace) -> dict:
     """Returns bytes and milliseconds of each further adapter, ours and PEFT's in turns.
 
@@ -106,7 +77,7 @@ def measure_adding(arguments: argparse.Namespace) -> dict:
     times: dict[str, list[float]] = {name: [] for name in configs}
     for index in range(arguments.adapters):
         for name, model in models.items():
-            times[name].append(timed(lambda: model.add_adapter(f"added{index}", configs[name]())))  # noqa: B023
+            times[name].append(1e3 * seconds(lambda: model.add_adapter(f"added{index}", configs[name]())))  # noqa: B023
     measured = {}
     for name, model in models.items():
         before = tensor_bytes()
@@ -143,12 +114,12 @@ def measure_adding_thousands(arguments: argparse.Namespace) -> dict:
             for index in range(1000):
                 model.add_adapter(f"added{1000 * thousand + index}", our_config())
 
-        per_thousand.append(timed(add) / 1000)
+        per_thousand.append(seconds(add))
     return {
         "adapters": 1000 * arguments.thousands,
         "ms_per_adapter_first_thousand": per_thousand[0],
         "ms_per_adapter_last_thousand": per_thousand[-1],
-        "ms_set_adapter": timed(lambda: model.set_adapter("added7")),
+        "ms_set_adapter": 1e3 * seconds(lambda: model.set_adapter("added7")),
     }
 
 
@@ -195,19 +166,13 @@ def measure_mixed_batch(arguments: argparse.Namespace) -> dict:
 
     measured = {"rows": arguments.rows, "adapters": len(names), "tokens": arguments.tokens}
     for kind, make in [("forward", forward), ("generate", generate)]:
-        one, many = make(), make(adapter_names=names)
-        one(), many()
-        pairs = []
-        for repeat in range(arguments.repeats):
-            # In turns, and each first every other time.
-            if repeat % 2:
-                pairs.append((timed(one), timed(many)))
-            else:
-                pairs.append(tuple(reversed((timed(many), timed(one)))))
+        times = in_turns({"one": make(), "each": make(adapter_names=names)}, arguments.repeats)
+        ratio, spread = ratio_of(times["one"], times["each"])
         measured[kind] = {
-            "ms_one_adapter": statistics.median(pair[0] for pair in pairs),
-            "ms_an_adapter_each": statistics.median(pair[1] for pair in pairs),
-            "throughput_ratio": statistics.median(pair[0] / pair[1] for pair in pairs),
+            "seconds_one_adapter": statistics.median(times["one"]),
+            "seconds_an_adapter_each": statistics.median(times["each"]),
+            "throughput_ratio": ratio,
+            "spread": spread,
         }
     return measured | {
         "largest_difference_from_alone": largest_difference,
@@ -216,91 +181,7 @@ def measure_mixed_batch(arguments: argparse.Namespace) -> dict:
     }
 
 
-def as_markdown(record: dict) -> str:
-    """Returns the tables of a record.
-
-    Args:
-        record (`dict`): What [`main`] measured.
-
-    Returns:
-        `str`
-    """
-    adding, many, mixed = record["adding"], record["thousands"], record["mixed_batch"]
-    ours = adding["trl_tinylora"]
-    lines = [
-        f"| one more adapter, {ours['trained_values']} values | bytes of tensors | bytes of Python | time over ours | "
-        f"the same after {record['arguments']['adapters']} adapters |",
-        "|---|--:|--:|--:|--:|",
-    ]
-    for name, title in [("trl_tinylora", "trl_tinylora"), ("peft", "PEFT's TinyLoRA")]:
-        row = adding[name]
-        first, last = (row[key] / ours[key] for key in ("ms_first_ten", "ms_last_ten"))
-        lines.append(
-            f"| {title} | {row['tensor_bytes']:,.0f} | {row['python_bytes']:,.0f} | {first:,.0f} | {last:,.0f} |"
-        )
-    growth = many["ms_per_adapter_last_thousand"] / many["ms_per_adapter_first_thousand"]
-    lines += [
-        "",
-        f"Of {many['adapters']:,} adapters on one model, each of the last thousand took {growth:.2f} of the time of "
-        "each of the first.",
-        "",
-        f"| {mixed['rows']} rows of {mixed['tokens']} tokens | throughput with {mixed['adapters']} adapters over one's "
-        "|",
-        "|---|--:|",
-    ]
-    for kind, title in [("forward", "forward"), ("generate", f"generate {record['arguments']['new_tokens']}")]:
-        lines.append(f"| {title} | {mixed[kind]['throughput_ratio']:.3f} |")
-    lines += [
-        "",
-        f"Each row differs from its adapter alone by {mixed['largest_difference_from_alone']:.1e} at most; the logits "
-        f"reach {mixed['largest_logit']:.1f}, and every adapter changes some of them by "
-        f"{mixed['smallest_effect_of_an_adapter']:.1e} or more.",
-    ]
-    return "\n".join(lines)
-
-
-def main(arguments: argparse.Namespace) -> dict:
-    """
-    Measures, prints, writes.
-
-    Args:
-        arguments (`argparse.Namespace`): The command line's.
-
-    Returns:
-        `dict`: The record.
-    """
-    if arguments.report_only:
-        record = json.loads(arguments.output.read_text(encoding="utf-8"))
-    else:
-        record = measure(arguments)
-    print(as_markdown(record))
-    if arguments.output is not None and not arguments.report_only:
-        write_text(arguments.output, json.dumps(record, indent=2) + "\n")
-    if arguments.update_readme is not None:
-        update_section(arguments.update_readme, "many_adapters", f"{as_markdown(record)}\n\n{origin(record)}")
-    return record
-
-
-def origin(record: dict) -> str:
-    """Returns where a record was made, as a line of Markdown.
-
-    Args:
-        record (`dict`): As [`measure`] returns.
-
-    Returns:
-        `str`
-    """
-    made, asked = record["provenance"], record["arguments"]
-    commit = made["git"]["commit"][:12] if made["git"] else "unknown"
-    return (
-        f"A Qwen2 of {asked['layers']} layers, hidden size {asked['hidden']}, random weights, {asked['threads']} "
-        f"thread of {made['machine']['cores']} CPU cores, in turns in one process; torch {made['versions']['torch']}, "
-        f"peft {made['versions']['peft']}; commit {commit}. `python recipes/benchmarks/many_adapters.py` measures it "
-        "again."
-    )
-
-
-def measure(arguments: argparse.Namespace) -> dict:
+def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict]:
     """
     Runs all measurements.
 
@@ -308,25 +189,66 @@ def measure(arguments: argparse.Namespace) -> dict:
         arguments (`argparse.Namespace`): The command line's.
 
     Returns:
-        `dict`: The record.
+        `tuple[list[Row], dict]`: The rows, and everything measured.
     """
-    torch.set_num_threads(arguments.threads)
     # PEFT tells of its experimental parts, not of anything measured here.
     warnings.simplefilter("ignore")
-    start = time.perf_counter()
-    of_files = ("output", "report_only", "update_readme")
-    settings = {key: value for key, value in vars(arguments).items() if key not in of_files}
-    record = {"arguments": settings, "provenance": read_provenance()}
-    record["mixed_batch"] = measure_mixed_batch(arguments)
-    record["thousands"] = measure_adding_thousands(arguments)
-    record["adding"] = measure_adding(arguments)
-    record["seconds"] = time.perf_counter() - start
-    return record
+    details = {
+        "mixed_batch": measure_mixed_batch(arguments),
+        "thousands": measure_adding_thousands(arguments),
+        "adding": measure_adding(arguments),
+    }
+    return rows_of(details), details
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+def rows_of(details: dict) -> list[Row]:
+    """
+    The claims.
+
+    Args:
+        details (`dict`): What was measured.
+
+    Returns:
+        `list[Row]`
+    """
+    adding, many, mixed = details["adding"], details["thousands"], details["mixed_batch"]
+    ours, theirs = adding["trl_tinylora"], adding["peft"]
+    name = "PEFT's TinyLoRA"
+    rows = []
+    for key, unit, scale, what in (
+        ("tensor_bytes", "bytes", 1, "bytes of tensors"),
+        ("python_bytes", "bytes", 1, "bytes of Python objects"),
+        ("ms_last_ten", "s", 1e-3, "time"),
+    ):
+        ratio = theirs[key] / ours[key]
+        claim = f"one more adapter of {ours['trained_values']} values: {what}"
+        figures = (scale * ours[key], scale * theirs[key])
+        rows.append(Row(claim, *figures, name, unit, ratio, [ratio, ratio], "fewer" if scale == 1 else "less", ratio > 1))
+    first, last = (1e-3 * many[f"ms_per_adapter_{which}_thousand"] for which in ("first", "last"))
+    growth = last / first
+    claim = f"adding the last thousand of {many['adapters']:,} adapters, each"
+    rows.append(Row(claim, last, first, "each of the first", "s", growth, [growth, growth], "at most 1.5", growth <= 1.5))
+    for kind in ("forward", "generate"):
+        part = mixed[kind]
+        rows.append(
+            Row(
+                claim=f"{kind} of {mixed['rows']} rows with an adapter each: throughput over one adapter's",
+                ours=part["seconds_an_adapter_each"],
+                theirs=part["seconds_one_adapter"],
+                whose="one adapter",
+                unit="s",
+                ratio=part["throughput_ratio"],
+                spread=part["spread"],
+                bound="at least 0.8",
+                holds=part["throughput_ratio"] >= 0.8,
+            )
+        )
+    return rows
+
+
+def main() -> None:
+    """Measures, prints, writes."""
+    parser = parser_of(__doc__, "many_adapters")
     parser.add_argument("--hidden", type=int, default=384, help="hidden size of the model, a multiple of 64")
     parser.add_argument("--layers", type=int, default=4, help="its layers, of seven adapted modules each")
     parser.add_argument("--adapters", type=int, default=20, help="adapters added to each of the two models in turns")
@@ -335,12 +257,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=32, help="tokens of each row")
     parser.add_argument("--new_tokens", type=int, default=16, help="tokens generated for each row")
     parser.add_argument("--repeats", type=int, default=11, help="times that each batch runs, in turns")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("--report_only", action="store_true", help="measure nothing, report the JSON in --output")
-    parser.add_argument("--update_readme", type=Path, help="README whose section `many_adapters` is renewed")
-    return parser
+    run("many_adapters", parser.parse_args(), measure)
 
 
 if __name__ == "__main__":
-    main(make_parser().parse_args())
+    main()

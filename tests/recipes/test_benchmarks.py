@@ -1,35 +1,100 @@
-"""The benchmarks on the smallest sizes: that they run and write what they print. CPU, seconds."""
+"""The benchmarks on the smallest sizes: that they run, and write and print what they measured. CPU, seconds."""
 
+import contextlib
+import functools
+import io
 import json
+import sys
 from pathlib import Path
 
-from benchmarks.many_adapters import as_markdown, main, make_parser, origin
+import growth
+import harness
+import many_adapters
+import pytest
+import torch
 from report import replace_section
 
 
 ROOT = Path(__file__).parents[2]
+SMALL = {
+    growth: "--hidden 64 --layers 1 --tokens 8 --repeats 1 --sizes_layers 1 2 3 --sizes_rank 1 2 4 --sizes_u 1 2 4 "
+    "--sizes_adapters 1 2 4 --sizes_tokens 4 8 16",
+    many_adapters: "--hidden 64 --layers 1 --adapters 2 --thousands 1 --rows 3 --tokens 4 --new_tokens 2 --repeats 2",
+}
 
 
-def test_many_adapters_measures_both_libraries_and_writes_a_record(tmp_path, capsys):
-    path = tmp_path / "results" / "many_adapters.json"
-    sizes = "--hidden 64 --layers 1 --adapters 2 --thousands 1 --rows 3 --tokens 4 --new_tokens 2 --repeats 2"
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """Runs a benchmark on its smallest sizes; returns its record and what it printed. Each runs once."""
 
-    main(make_parser().parse_args([*sizes.split(), "--output", str(path)]))
+    @functools.cache
+    def measure(script):
+        path = tmp_path_factory.mktemp("benchmark") / "results" / f"{script.__name__}.json"
+        printed = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+            patch.setattr(sys, "argv", [script.__file__, *SMALL[script].split(), "--output", str(path)])
+            script.main()
+        return json.loads(path.read_text()), printed.getvalue()
 
-    record = json.loads(path.read_text())
-    ours, theirs = record["adding"]["trl_tinylora"], record["adding"]["peft"]
+    return measure
+
+
+@pytest.mark.parametrize("script", SMALL, ids=lambda script: script.__name__)
+def test_a_benchmark_writes_the_rows_that_it_prints(script, measured):
+    record, printed = measured(script)
+    assert record["rows"] and record["name"] == script.__name__
+    assert harness.table([record]) in printed
+    assert record["provenance"]["versions"]["peft"] is not None and record["provenance"]["machine"]["cpu"]
+
+
+def test_one_more_adapter_is_weighed_in_both_libraries(measured):
+    found = measured(many_adapters)[0]["details"]
+    ours, theirs = found["adding"]["trl_tinylora"], found["adding"]["peft"]
     assert ours["trained_values"] == theirs["trained_values"] == 7
     # float32 values and nothing else.
     assert ours["tensor_bytes"] == 7 * 4 < theirs["tensor_bytes"]
-    assert record["mixed_batch"]["largest_difference_from_alone"] < 1e-5
-    assert record["mixed_batch"]["smallest_effect_of_an_adapter"] > 1e-3
-    assert record["provenance"]["versions"]["peft"] is not None
-    assert "| PEFT's TinyLoRA |" in capsys.readouterr().out
+    assert found["mixed_batch"]["largest_difference_from_alone"] < 1e-5
+    assert found["mixed_batch"]["smallest_effect_of_an_adapter"] > 1e-3
 
 
-def test_the_readmes_table_of_many_adapters_is_the_committed_record():
+def test_growth_is_fitted_in_the_larger_half_of_the_sizes():
+    sizes = [1, 2, 4, 8, 16, 32]
+    assert growth.exponent(sizes, [3 * size**2 for size in sizes]) == pytest.approx(2)
+    assert growth.exponent(sizes, [5, 5, 5, 7, 14, 28]) == pytest.approx(1)
+
+
+def test_pefts_state_dict_grows_quadratically_and_ours_does_not(measured):
+    found = measured(growth)[0]["details"]
+    assert found["ours"]["layers"]["costs"]["keys"] == [1, 1, 1]
+    # n vectors in each of n modules, and what is PEFT's own beside them.
+    assert all(keys >= (7 * n) ** 2 for n, keys in zip((1, 2, 3), found["peft"]["layers"]["costs"]["keys"], strict=True))
+
+
+def test_peak_bytes_are_those_that_exist_at_one_time():
+    def work():
+        first = torch.empty(1000, 100)
+        second = first + 1
+        del first
+        return second, torch.empty(500, 100)
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(device):
+        assert harness.peak_bytes(work) == pytest.approx(2 * 400_000, rel=0.01)
+        # The negative control: one more that stays.
+        kept = []
+        assert harness.peak_bytes(lambda: kept.append(torch.empty(1000, 100)) or work()) == pytest.approx(
+            3 * 400_000, rel=0.01
+        )
+
+
+def test_actions_take_turns_in_changing_order():
+    order = []
+    times = harness.in_turns({name: lambda name=name: order.append(name) for name in "abc"}, repeats=3, warmup=0)
+    assert "".join(order) == "abcbcacab" and all(len(taken) == 3 for taken in times.values())
+
+
+def test_the_readmes_table_of_benchmarks_is_that_of_the_committed_records():
     readme = (ROOT / "README.md").read_text()
-    record = json.loads((ROOT / "recipes" / "benchmarks" / "results" / "many_adapters.json").read_text())
-    content = f"{as_markdown(record)}\n\n{origin(record)}"
-    assert replace_section(readme, "many_adapters", content) == readme, "run `make results`"
-    assert not record["provenance"]["git"]["is_dirty"]
+    assert replace_section(readme, "benchmarks", harness.committed()) == readme, "run `make results`"
+    for path in harness.RESULTS.glob("*.json"):
+        assert not json.loads(path.read_text())["provenance"]["git"]["is_dirty"], path
