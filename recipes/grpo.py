@@ -3,7 +3,8 @@
     python recipes/grpo.py --config recipes/toy/grpo.yaml --output_dir results/grpo-13
     accelerate launch --config_file recipes/accelerate/single.yaml recipes/grpo.py --config recipes/toy/grpo.yaml
 
-Differs from `sft.py` in the trainer, its arguments, the reward and the columns of the rows; every other line is equal.
+Differs from `sft.py` in the trainer, its arguments, the reward, the columns of the rows and what is logged of vLLM's
+weights; every other line is equal.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from callbacks import callbacks_for
 from provenance import describe_training
 from transformers import TrainerCallback
 
+from trl_tinylora import SamplingFidelityCallback, TinyLoraConfig
 from trl_tinylora.card import put_section
 from trl_tinylora.tasks import get_task
 
@@ -73,6 +75,8 @@ def main(
         peft_config=peft_config,
         callbacks=[*callbacks_for(adapter_args, training_args), *callbacks],
     )
+    if training_args.use_vllm and isinstance(peft_config, TinyLoraConfig):
+        trainer.add_callback(SamplingFidelityCallback(trainer))
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
     if peft_config is not None and trainer.accelerator.is_main_process:

@@ -3,7 +3,8 @@
     python recipes/sft.py --config recipes/toy/sft.yaml --output_dir results/sft-13
     accelerate launch --config_file recipes/accelerate/single.yaml recipes/sft.py --config recipes/toy/sft.yaml
 
-Differs from `grpo.py` in the trainer, its arguments, the reward and the columns of the rows; every other line is equal.
+Differs from `grpo.py` in the trainer, its arguments, the reward, the columns of the rows and what is logged of vLLM's
+weights; every other line is equal.
 """
 
 from collections.abc import Sequence

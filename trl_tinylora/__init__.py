@@ -1,5 +1,9 @@
 """TinyLoRA for TRL: "Learning to Reason in 13 Parameters" (arXiv:2602.04118) as a PEFT method for TRL's trainers."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from .config import TinyLoraConfig, TinyLoraPeftType
 from .export import export_lora
 from .model import TinyLoraModel
@@ -8,7 +12,12 @@ from .registration import register
 from .version import __version__
 
 
+if TYPE_CHECKING:
+    from .fidelity import SamplingFidelityCallback, sampling_fidelity
+
+
 __all__ = [
+    "SamplingFidelityCallback",
     "TinyLoraConfig",
     "TinyLoraModel",
     "TinyLoraPeftType",
@@ -16,6 +25,16 @@ __all__ = [
     "convert_peft_tinylora",
     "export_lora",
     "register",
+    "sampling_fidelity",
 ]
 
 register()
+
+
+def __getattr__(name: str) -> object:
+    # The base class of callbacks takes half as long to import as everything else here.
+    if name in ("SamplingFidelityCallback", "sampling_fidelity"):
+        from . import fidelity
+
+        return getattr(fidelity, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
