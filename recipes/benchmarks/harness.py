@@ -41,7 +41,7 @@ class Row:
         whose (`str`): Who the other one is.
         unit (`str`): `"s"`, `"bytes"` or `""`.
         ratio (`float` or `None`): What the bound is about: theirs over ours, or ours over theirs, as `bound` says.
-        spread (`list[float]`): Smallest and largest ratio of the pairs; the ratio twice where it is no time.
+        spread (`list[float]`): Smallest and largest ratio of the pairs; empty where it is of no times.
         bound (`str`): What is asked of the figure, in words; empty where nothing is.
         holds (`bool` or `None`): Whether that holds.
     """
@@ -221,8 +221,10 @@ def table(records: list[dict]) -> str:
             other = "" if row["theirs"] is None else f"{amount(row['theirs'], row['unit'])}, {row['whose']}"
             ratio = ""
             if row["ratio"] is not None:
-                low, high = row["spread"]
-                ratio = f"{row['ratio']:.3g}" + (f" ({low:.3g} to {high:.3g})" if low != high else "")
+                ratio = f"{row['ratio']:.3g}"
+                if row["spread"]:
+                    low, high = row["spread"]
+                    ratio += f" ({low:.3g} to {high:.3g})"
             holds = {None: "", True: "yes", False: "**no**"}[row["holds"]]
             lines.append(
                 f"| {row['claim']} | {amount(row['ours'], row['unit'])} | {other} | {ratio} | {row['bound']} | {holds} "
