@@ -24,7 +24,7 @@ from plan import (
     read_learning_rates,
 )
 from provenance import read_provenance
-from workers import Progress, run_all, worker_count
+from workers import Progress, Workers
 
 
 RULE = "best mean of greedy and sampled strict accuracy on the validation problems; the smaller rate of equals"
@@ -51,19 +51,21 @@ class Comparison:
         # The settings of a final run are known after the sweep; until then a JSON of its name counts as done.
         done = {name for name in names if arguments.path("runs", f"{name}.json").is_file()}
         self.progress = Progress(arguments, names, done)
+        self.workers = Workers(arguments, self.provenance, self.progress)
 
     def kept(self, runs: list[Run]) -> dict[str, dict]:
         """Records of the runs that are done, by name."""
         return {run.name: record for run in runs if (record := run.kept(self.arguments)) is not None}
 
     def do(self, runs: list[Run]) -> dict[str, dict]:
-        """Does what is missing of these runs. Returns the records there are then, by name."""
+        """Does what is missing of these runs and has not failed yet. Returns the records there are then, by name."""
         if not self.arguments.report_only:
-            missing = [run for run in runs if run.kept(self.arguments) is None]
-            lost = [run for run in self.samples if self._is_needed(run, missing) and run not in missing]
+            failed = self.progress.failed
+            missing = [run for run in runs if run.name not in failed and run.kept(self.arguments) is None]
+            again = [run for run in self.samples if run not in missing and run.name not in failed]
+            lost = [run for run in again if self._is_needed(run, missing)]
             self.progress.open |= {run.name for run in [*lost, *missing]}
-            run_all(lost, self.arguments, self.provenance, self.progress)
-            run_all(missing, self.arguments, self.provenance, self.progress)
+            self.workers.do([*lost, *missing])
         return self.kept(runs)
 
     def _is_needed(self, samples: Run, missing: list[Run]) -> bool:
@@ -95,25 +97,30 @@ def main(arguments: CompareArguments) -> int:
         device = provenance["machine"]["gpu"] or provenance["machine"]["cpu"]
         print(
             f"{len(progress.algorithms)} runs, {len(progress.algorithms) - len(progress.open)} of them already there; "
-            f"{worker_count(arguments)} at a time on {device}. Results in {arguments.output_dir}, logs in "
+            f"{comparison.workers.jobs} at a time on {device}. Results in {arguments.output_dir}, logs in "
             f"{arguments.work}",
             flush=True,
         )
-    untrained = comparison.do([comparison.untrained])
-    drawn = comparison.do(comparison.samples)
-    swept = comparison.do(comparison.sweep)
-    rates = comparison.rates()
-    lacking = lacking_rates(arguments, rates)
-    if lacking:
-        print(f"No learning rate could be chosen for {lacking}: every run of their sweep is missing or failed.")
-        return 1
-    if comparison.sweep:
-        chosen = {"rule": RULE, "sweep_seed": arguments.sweep_seed, "chosen": rates}
-        write_text(arguments.path("learning_rates.json"), json.dumps(chosen, indent=1) + "\n")
-    finals = comparison.do(comparison.plan.final(rates))
-    others = comparison.do(comparison.plan.controls(finals))
+    # The longest first, and in one go, so that no worker waits for the others before the end.
+    first, swept = [*comparison.samples, comparison.untrained], {}
+    with comparison.workers:
+        if comparison.sweep:
+            comparison.do([*first, *comparison.sweep])
+            swept = comparison.kept(comparison.sweep)
+        rates = comparison.rates()
+        lacking = lacking_rates(arguments, rates)
+        if lacking:
+            print(f"No learning rate could be chosen for {lacking}: every run of their sweep is missing or failed.")
+            return 1
+        if comparison.sweep:
+            chosen = {"rule": RULE, "sweep_seed": arguments.sweep_seed, "chosen": rates}
+            write_text(arguments.path("learning_rates.json"), json.dumps(chosen, indent=1) + "\n")
+        finals = comparison.plan.final(rates)
+        # Some controls need no final run.
+        controls = comparison.plan.controls(comparison.do([*first, *finals, *comparison.plan.controls({})]))
+        comparison.do(controls)
 
-    records = untrained | drawn | finals | others
+    records = comparison.kept([comparison.untrained, *comparison.samples, *finals, *controls])
     summary = report.summarize(
         list(records.values()),
         rates,

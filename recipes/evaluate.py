@@ -113,6 +113,7 @@ def evaluate(
     rows: Iterable[dict],
     arguments: GenerationArguments,
     completions_path: str | Path | None = None,
+    kinds: Sequence[str] = KINDS,
 ) -> dict:
     """
     Accuracies with their 95% intervals, lengths, and shares of completions that went wrong in form.
@@ -127,13 +128,15 @@ def evaluate(
         arguments (`GenerationArguments`): The task, and how to generate.
         completions_path (`str` or `Path`, *optional*): JSONL to keep every completion in. Those of the same model,
             problems and settings that it holds are not generated again.
+        kinds (`Sequence[str]`, *optional*): Which of "greedy" and "sampled" to generate; both by default.
     Returns:
-        `dict`: `n_problems`, `samples`, `temperature`, and `greedy` and `sampled` as of [`summarize`].
+        `dict`: `n_problems`, `samples`, `temperature`, and `greedy` and `sampled` as of [`summarize`],
+        as far as they were generated.
     Raises:
         FileExistsError: If that file holds completions of another model, other problems or other settings.
     """
     generator = TransformersGenerator(model, tokenizer, arguments)
-    records = complete(generator, tokenizer, list(rows), arguments, completions_path)
+    records = complete(generator, tokenizer, list(rows), arguments, completions_path, kinds)
     return summarize(records, arguments.temperature, arguments.eval_seed)
 
 
@@ -143,6 +146,7 @@ def complete(
     rows: Sequence[dict],
     arguments: GenerationArguments,
     completions_path: str | Path | None = None,
+    kinds: Sequence[str] = KINDS,
 ) -> list[dict]:
     """
     One greedy completion and `samples` sampled ones a problem, graded.
@@ -157,6 +161,7 @@ def complete(
         rows (`Sequence[dict]`): With `question` and `answer`, and `id` if they have one.
         arguments (`GenerationArguments`): The task, and how to generate.
         completions_path (`str` or `Path`, *optional*): As of [`evaluate`].
+        kinds (`Sequence[str]`, *optional*): As of [`evaluate`].
     Returns:
         `list[dict]`: By kind, problem and sample; each with `gold`, `completion`, `tokens`, `truncated`, `marker` and
         the gradings.
@@ -181,7 +186,7 @@ def complete(
     lengths = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]]
     order = sorted(range(len(rows)), key=lambda index: (-lengths[index], index))
     for kind, samples in (("greedy", 1), ("sampled", arguments.samples)):
-        if samples == 0:
+        if samples == 0 or kind not in kinds:
             continue
         step = max(1, arguments.eval_batch_size // samples)
         batches = [order[start : start + step] for start in range(0, len(order), step)]

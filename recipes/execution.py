@@ -115,10 +115,11 @@ def _draw_samples(run: Run, folder: Path) -> dict:
     """
     model, tokenizer = _load(run)
     rows = _rows(run)
-    metrics = evaluate(model, tokenizer, rows, _generation(run), folder / "completions.jsonl")
+    # No greedy completion is taken.
+    metrics = evaluate(model, tokenizer, rows, _generation(run), folder / "completions.jsonl", kinds=("sampled",))
     kept: dict[int, dict] = {}
     for line in read_lines(folder / "completions.jsonl"):
-        if line["kind"] == "sampled" and line["strict"] and line["problem"] not in kept:
+        if line["strict"] and line["problem"] not in kept:
             # GSM8K's demonstrations are in its answers, MATH's in its solutions.
             own = dict.fromkeys(("answer", "solution"), line["completion"])
             kept[line["problem"]] = {"question": rows[line["problem"]]["question"]} | own

@@ -10,9 +10,9 @@ import signal
 import sys
 import time
 import traceback
-from collections import Counter, deque
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from datetime import datetime, timedelta, timezone
@@ -23,6 +23,10 @@ import transformers
 from completions import write_text
 from execution import do
 from plan import CompareArguments, Run
+
+
+# glibc reads these when a process starts. One without the other would send every tensor to the system and back.
+KEPT_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "1073741824", "MALLOC_MMAP_THRESHOLD_": "33554432"}
 
 
 def execute(run: Run, arguments: CompareArguments, provenance: dict) -> str | None:
@@ -90,44 +94,80 @@ def _start_worker(threads: int, counter) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[worker % len(devices)]
 
 
-def run_all(runs: list[Run], arguments: CompareArguments, provenance: dict, progress: "Progress") -> None:
+class Workers:
     """
-    Does the runs, several at a time, each worker one after another.
+    Processes that do runs, several at a time, each one after another. They start at the first run and stay to the end.
 
     Args:
-        runs (`list[Run]`): What is to be done.
         arguments (`CompareArguments`): Where to write, and how many at a time.
         provenance (`dict`): For the records.
         progress (`Progress`): Told of every run that ends.
     """
-    queue = deque(runs)
-    jobs = min(worker_count(arguments), max(1, len(queue)))
-    threads = int(os.environ.get("OMP_NUM_THREADS", max(1, cpu_cores() // jobs)))
-    context = multiprocessing.get_context("spawn")
-    attempts: Counter = Counter()
-    while queue:
-        setup = {"initializer": _start_worker, "initargs": (threads, context.Value("i", 0))}
-        with ProcessPoolExecutor(jobs, mp_context=context, **setup) as pool:
-            running: dict = {}
+
+    def __init__(self, arguments: CompareArguments, provenance: dict, progress: "Progress"):
+        self.arguments, self.provenance, self.progress = arguments, provenance, progress
+        self.jobs = worker_count(arguments)
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is not None:
+            # Nobody waits for the runs under way.
+            for child in multiprocessing.active_children():
+                child.terminate()
+        self._stop()
+
+    def do(self, runs: list[Run]) -> None:
+        """
+        Does runs, in their order as far as what they train on is there; two that follow each other may swap.
+
+        Args:
+            runs (`list[Run]`): What is to be done.
+        """
+        queue, running, attempts = list(runs), {}, Counter()
+        while queue or running:
             try:
-                while queue or running:
-                    while queue and len(running) < jobs:
-                        running[pool.submit(execute, queue[0], arguments, provenance)] = queue[0]
-                        attempts[queue.popleft().name] += 1
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        error = future.result()
-                        progress.ended(running.pop(future), error)
+                while len(running) < self.jobs and (run := _next(queue, running.values())) is not None:
+                    running[self._start(run)] = run
+                    queue.remove(run)
+                    attempts[run.name] += 1
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    error = future.result()
+                    self.progress.ended(running.pop(future), error)
             except BrokenProcessPool:
                 # A worker was killed (out of memory, say) and took the pool with it; which run it had is not told.
+                self._stop()
                 for run in running.values():
                     if attempts[run.name] < 2:
                         queue.append(run)
                     else:
-                        progress.ended(run, "its process was killed, twice")
-            except BaseException:
-                for child in multiprocessing.active_children():
-                    child.terminate()
-                raise
+                        self.progress.ended(run, "its process was killed, twice")
+                running = {}
+
+    def _start(self, run: Run) -> Future:
+        if self._pool is None:
+            # glibc gives freed memory back at every turn and takes it again, page by page: a tenth of a run's time.
+            for name, value in KEPT_MEMORY.items():
+                os.environ.setdefault(name, value)
+            threads = int(os.environ.get("OMP_NUM_THREADS", max(1, cpu_cores() // self.jobs)))
+            # Not forked: this process may have threads, and a GPU that a fork could not use.
+            context = multiprocessing.get_context("spawn")
+            setup = {"initializer": _start_worker, "initargs": (threads, context.Value("i", 0))}
+            self._pool = ProcessPoolExecutor(self.jobs, mp_context=context, **setup)
+        return self._pool.submit(execute, run, self.arguments, self.provenance)
+
+    def _stop(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+
+def _next(queue: list[Run], running: Iterable[Run]) -> Run | None:
+    """The first run that trains on nothing that another one has yet to draw."""
+    open_names = {run.name for run in (*queue, *running)}
+    return next((run for run in queue if run.options.get("samples") not in open_names), None)
 
 
 def worker_count(arguments: CompareArguments) -> int:

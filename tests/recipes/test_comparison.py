@@ -2,6 +2,7 @@
 
 import json
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import compare
@@ -40,7 +41,7 @@ def comparison(tmp_path, name="compare", **changes):
     settings = yaml.safe_load((TOY / f"{name}.yaml").read_text()) | {"output_dir": str(tmp_path / "out")}
     settings["sizes"] = {size: settings["sizes"][size] for size in GRIDS}
     settings["arms"].pop("rl-random", None)
-    settings["arms"]["rl-format"]["sizes"] = ["13"]
+    settings["arms"]["rl-format"] |= {"sizes": ["13"], "rates_of": "rl"}
     for arm in ("rl", "sft", "sft-own"):
         settings["arms"][arm].pop("sizes", None)
         for size, grid in GRIDS.items():
@@ -234,11 +235,8 @@ class InlinePool:
     def __init__(self, *args, **kwargs):
         pass
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *args):
-        return False
+    def shutdown(self):
+        pass
 
     def submit(self, function, *args):
         future = Future()
@@ -324,6 +322,85 @@ def test_a_failed_run_is_named_and_the_others_go_on(tmp_path, executed, capsys):
     assert executed.names == missing
 
 
+def team(tmp_path, monkeypatch, outcome, jobs=2):
+    """Workers whose pools answer with `outcome(run)`, the names in the order of their start, and the pools made."""
+    started, pools = [], []
+
+    class Pool(InlinePool):
+        def __init__(self, *args, **kwargs):
+            pools.append(self)
+
+        def submit(self, function, run, *args):
+            started.append(run.name)
+            return outcome(run)
+
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", Pool)
+    arguments = comparison(tmp_path, jobs=jobs)
+    runs = [*plan.Plan(arguments).samples(), *final_runs(arguments).values()]
+    progress = workers.Progress(arguments, dict.fromkeys(run.name for run in runs), set())
+    monkeypatch.setattr(progress, "ended", lambda run, error: progress.seconds.setdefault(run.name, error))
+    return workers.Workers(arguments, {}, progress), runs, started, pools
+
+
+def answered(value=None, error=None):
+    future = Future()
+    future.set_result(value) if error is None else future.set_exception(error)
+    return future
+
+
+def test_a_run_waits_for_the_samples_it_trains_on_and_others_go_ahead(tmp_path, monkeypatch):
+    drawing = Future()
+    outcome = {"samples-8-seed1": drawing}
+
+    def start(run):
+        if run.name == "final-sft-13-seed1":
+            drawing.set_result(None)
+        return outcome.get(run.name, answered())
+
+    group, runs, started, pools = team(tmp_path, monkeypatch, start)
+    by_name = {run.name: run for run in runs}
+    names = ["samples-8-seed1", "final-sft-own-13-seed1", "final-sft-full-seed1", "final-sft-13-seed1"]
+    with group:
+        group.do([by_name[name] for name in names])
+        group.do([by_name["final-rl-13-seed1"]])
+    assert started == [names[0], names[2], names[3], names[1], "final-rl-13-seed1"]
+    assert len(pools) == 1, "the workers stay from one list of runs to the next"
+
+
+def test_a_run_whose_worker_is_killed_is_tried_once_more_and_the_others_go_on(tmp_path, monkeypatch):
+    def start(run):
+        return answered(error=BrokenProcessPool()) if run.name == "final-rl-13-seed1" else answered()
+
+    group, runs, started, pools = team(tmp_path, monkeypatch, start, jobs=1)
+    with group:
+        group.do(runs[4:])
+    assert len(pools) == 2 and started.count("final-rl-13-seed1") == 2
+    ended = group.progress.seconds
+    assert {name for name, error in ended.items() if error} == {"final-rl-13-seed1"}
+    assert "killed, twice" in ended["final-rl-13-seed1"] and set(ended) == {run.name for run in runs[4:]}
+
+
+def test_an_interrupt_ends_the_processes_at_once(tmp_path, monkeypatch):
+    class Child:
+        is_ended = False
+
+        def terminate(self):
+            self.is_ended = True
+
+    children = [Child(), Child()]
+    monkeypatch.setattr(workers.multiprocessing, "active_children", lambda: children)
+    group, runs, started, pools = team(tmp_path, monkeypatch, lambda run: answered(error=KeyboardInterrupt()), jobs=1)
+    with pytest.raises(KeyboardInterrupt), group:
+        group.do(runs)
+    assert all(child.is_ended for child in children) and len(started) == 1
+    # The negative control: where nothing happens, they end by themselves.
+    quiet = [Child()]
+    monkeypatch.setattr(workers.multiprocessing, "active_children", lambda: quiet)
+    with team(tmp_path, monkeypatch, lambda run: answered())[0]:
+        pass
+    assert not quiet[0].is_ended
+
+
 def test_progress_tells_result_count_and_remaining_time(tmp_path, executed, capsys):
     compare.main(comparison(tmp_path, jobs=1))
     line = next(line for line in capsys.readouterr().out.splitlines() if " sweep-rl-13-lr0.003:" in line)
@@ -385,12 +462,12 @@ def done(tmp_path_factory):
         chosen = [samples]
         chosen += [runs[f"final-{name}-seed1"] for name in ("rl-1", "rl-13", "rl-format-13", "sft-own-13", "sft-full")]
         chosen[-1].settings["dataset_name"] = str(tmp_path / "nothing.jsonl")
-        progress = workers.Progress(arguments, dict.fromkeys(run.name for run in chosen), set())
-        workers.run_all(chosen, arguments, provenance.read_provenance(), progress)
-        finals = {run.name: run.kept(arguments) for run in chosen[1:-1]}
-        others = [planned.untrained(), *planned.controls(finals)]
-        progress = workers.Progress(arguments, dict.fromkeys(run.name for run in others), set(progress.failed))
-        workers.run_all(others, arguments, provenance.read_provenance(), progress)
+        names = [run.name for run in chosen] + planned.control_names() + ["untrained"]
+        progress = workers.Progress(arguments, dict.fromkeys(names), set())
+        with workers.Workers(arguments, provenance.read_provenance(), progress) as team:
+            team.do(chosen)
+            others = [planned.untrained(), *planned.controls({run.name: run.kept(arguments) for run in chosen[1:-1]})]
+            team.do(others)
         records = {run.name: run.kept(arguments) for run in [*chosen, *others]}
         return records, arguments
 

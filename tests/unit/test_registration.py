@@ -135,6 +135,11 @@ def added(name):
 
 for name in BANNED:
     assert not added(name), f"import trl_tinylora imports {added(name)}"
+# What takes time is importing: PEFT's own imports, a few modules of the standard library at most, and ours.
+others = [m for m in sys.modules if m not in before and m.split(".")[0] != "trl_tinylora"]
+foreign = {m.split(".")[0] for m in others} - sys.stdlib_module_names
+assert not foreign and len(others) <= 10, f"import trl_tinylora imports {sorted(others)}"
+assert 0 < len(added("trl_tinylora")) <= 30, added("trl_tinylora")
 # Negative control: the check does see such an import.
 sys.path.insert(0, FOLDER)
 open(f"{FOLDER}/vllm.py", "w").close()
