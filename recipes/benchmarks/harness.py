@@ -1,7 +1,7 @@
 """What the benchmarks share: timing in turns, peak bytes, records that say where they come from, and their table.
 
-Times are not comparable between machines, nor between minutes of one. So two ways of doing something run in turns in one
-process, and the ratio of each pair is what counts.
+Times are not comparable between machines, nor between minutes of one. So two ways of doing something run in turns in
+one process, and the ratio of each pair is what counts.
 """
 
 import argparse

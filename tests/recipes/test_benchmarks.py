@@ -7,11 +7,14 @@ import json
 import sys
 from pathlib import Path
 
+import fidelity
 import growth
 import harness
+import imports
 import many_adapters
 import pytest
 import torch
+import toy_profile
 from report import replace_section
 
 
@@ -19,6 +22,9 @@ ROOT = Path(__file__).parents[2]
 SMALL = {
     growth: "--hidden 64 --layers 1 --tokens 8 --repeats 1 --sizes_layers 1 2 3 --sizes_rank 1 2 4 --sizes_u 1 2 4 "
     "--sizes_adapters 1 2 4 --sizes_tokens 4 8 16",
+    fidelity: "--rows 64 --columns 48 --weights 1 --entries 256 --repeats 1 --texts 2",
+    imports: "--repeats 1",
+    toy_profile: "--rl_steps 1 --sft_steps 1 --limit 2 --repeats 1",
     many_adapters: "--hidden 64 --layers 1 --adapters 2 --thousands 1 --rows 3 --tokens 4 --new_tokens 2 --repeats 2",
 }
 
@@ -67,7 +73,9 @@ def test_pefts_state_dict_grows_quadratically_and_ours_does_not(measured):
     found = measured(growth)[0]["details"]
     assert found["ours"]["layers"]["costs"]["keys"] == [1, 1, 1]
     # n vectors in each of n modules, and what is PEFT's own beside them.
-    assert all(keys >= (7 * n) ** 2 for n, keys in zip((1, 2, 3), found["peft"]["layers"]["costs"]["keys"], strict=True))
+    assert all(
+        keys >= (7 * n) ** 2 for n, keys in zip((1, 2, 3), found["peft"]["layers"]["costs"]["keys"], strict=True)
+    )
 
 
 def test_peak_bytes_are_those_that_exist_at_one_time():
