@@ -24,11 +24,11 @@ from .files import written_whole
 
 
 # Of the computation in decomposition.py: another one must not find the files of this one.
-VERSION = 1
+VERSION = 2
 SIZE_GB = 1.0
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# Elements hashed at a time: what is needed beside the weight is eight bytes for each.
-_CHUNK = 2**22
+# Integers hashed at a time: a share of the weight's, since what is needed beside it is 16 bytes for each.
+_CHUNK_SHARE, _SMALLEST_CHUNK, _LARGEST_CHUNK = 1 / 128, 2**13, 2**16
 
 
 def cache_folder() -> Path | None:
@@ -65,9 +65,10 @@ def largest_size() -> int:
 @torch.no_grad()
 def content_key(weight_OI: torch.Tensor) -> str:
     """
-    Returns a key of a weight's bits, the same on every device: two sums of its entries as integers, modulo 2**64.
+    Returns a key of a weight's bits, the same on every device: two sums of them as integers, modulo 2**64.
 
-    Each entry is multiplied by an odd number of its own column and, in the sum over rows, of its row. It tells apart
+    The integers are of eight bytes, which several entries make up, or an entry each where a row's bytes leave a rest.
+    Each is multiplied by an odd number of its own column and, in the sum over rows, of its row. It tells apart
     weights that differ; it is no protection against somebody who wants two to look alike.
 
     Args:
@@ -77,17 +78,27 @@ def content_key(weight_OI: torch.Tensor) -> str:
         `str` of 32 hexadecimal digits.
     """
     rows, columns = weight_OI.shape
-    bits = weight_OI.contiguous().view(_INTEGERS[weight_OI.element_size()])
+    bytes_of_row = columns * weight_OI.element_size()
+    integer = torch.int64 if bytes_of_row % 8 == 0 else _INTEGERS[weight_OI.element_size()]
+    width = bytes_of_row // integer.itemsize
     sums = torch.zeros(2, dtype=torch.int64, device=weight_OI.device)
-    of_columns, of_rows = (_odd_numbers(size).to(weight_OI.device) for size in (columns, rows))
-    step = max(_CHUNK // columns, 1)
+    of_columns, of_rows = (_odd_numbers(size).to(weight_OI.device) for size in (width, rows))
+    step = int(min(max(rows * width * _CHUNK_SHARE, _SMALLEST_CHUNK), _LARGEST_CHUNK)) // width
+    step = min(max(step, 1), rows)
+    copy_OI = weight_OI.new_empty(step, columns)
+    product = torch.empty(step, width, dtype=torch.int64, device=weight_OI.device)
     for start in range(0, rows, step):
-        part = bits[start : start + step].to(torch.int64)
+        count = min(step, rows - start)
+        # Of a copy, which is contiguous and begins at a multiple of eight bytes.
+        bits = copy_OI[:count].copy_(weight_OI[start : start + count]).view(integer)
+        if integer == torch.int64:
+            # The highest bit times any odd number is itself: signs would cancel out wherever they stand.
+            bits ^= torch.bitwise_right_shift(bits, 32, out=product[:count])
         for which in range(2):
-            row_sums = (part * of_columns[which]).sum(1)
+            row_sums = torch.mul(bits, of_columns[which], out=product[:count]).sum(1)
             # What the columns added up is mixed before the rows are, so that the two do not factor.
             row_sums = row_sums ^ (row_sums >> 29)
-            sums[which] += (row_sums * of_rows[which, start : start + step]).sum()
+            sums[which] += (row_sums * of_rows[which, start : start + count]).sum()
     described = f"{rows} {columns} {weight_OI.dtype} {sums.tolist()}"
     return hashlib.sha256(described.encode()).hexdigest()[:32]
 

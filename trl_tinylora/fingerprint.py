@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .decomposition import BFLOAT16_ROUNDING, frozen_stream
+from .decomposition import BFLOAT16_ROUNDING, frozen_stream, in_pieces
 
 
 # An adapter keeps at least this many numbers, so that one of few modules is proved as well.
@@ -86,11 +86,16 @@ def take_probe(name: str, weight_OI: torch.Tensor, count: int) -> Probe:
     signs = torch.from_numpy(stream.randint(0, 2, (count, out_features + in_features)).astype(np.float32) * 2 - 1)
     dtype = torch.promote_types(weight_OI.dtype, torch.float32)
     left_OP, right_IP = signs.T.to(weight_OI.device, dtype).split([out_features, in_features])
-    matrix_OI = weight_OI.to(dtype)
     size = weight_OI.numel() ** 0.5
-    values = (left_OP * (matrix_OI @ right_IP)).sum(0, dtype=torch.float64) / size
-    scale = torch.linalg.vector_norm(matrix_OI, dtype=torch.float64).item() / size
-    return Probe((out_features, in_features), scale, tuple(values.tolist()))
+    # A few rows at a time: the whole weight in float32 would be up to two more of it.
+    values, square, start = 0.0, 0.0, 0
+    for part_OI in in_pieces(weight_OI):
+        part_OI = part_OI.to(dtype)
+        left_of_part = left_OP[start : start + len(part_OI)]
+        values += (left_of_part * (part_OI @ right_IP)).sum(0, dtype=torch.float64)
+        square += torch.linalg.vector_norm(part_OI, dtype=torch.float64).square()
+        start += len(part_OI)
+    return Probe((out_features, in_features), square.sqrt().item() / size, tuple((values / size).tolist()))
 
 
 def fingerprint(probes: Mapping[str, Probe]) -> dict:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from benchmarks.harness import peak_bytes
 
 from trl_tinylora import cache
 from trl_tinylora.decomposition import truncated_svd
@@ -73,8 +74,36 @@ def test_permuted_and_transposed_weights_have_other_keys():
 
 def test_a_key_does_not_depend_on_the_size_of_the_pieces(monkeypatch):
     whole = cache.content_key(weight())
-    monkeypatch.setattr(cache, "_CHUNK", 1000)
+    monkeypatch.setattr(cache, "_LARGEST_CHUNK", 1000)
     assert cache.content_key(weight()) == whole
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("columns", [280, 281, 282])
+def test_every_entry_is_in_the_key_whatever_the_width(dtype, columns):
+    original = weight(8, columns).to(dtype)
+    keys = {cache.content_key(original)}
+    for column in range(columns):
+        changed = original.clone()
+        changed[column % 8, column] *= -1
+        keys.add(cache.content_key(changed))
+    assert len(keys) == columns + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_two_signs_of_a_row_do_not_cancel_out_in_a_key(dtype):
+    original = weight(8, 280).to(dtype)
+    keys = {cache.content_key(original)}
+    for column in range(1, 280):
+        changed = original.clone()
+        changed[3, [0, column]] *= -1
+        keys.add(cache.content_key(changed))
+    assert len(keys) == 280
+
+
+def test_a_key_needs_little_beside_the_weight():
+    large = weight(512, 3584).bfloat16()
+    assert peak_bytes(lambda: cache.content_key(large)) < 0.05 * large.nbytes
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign", "empty"])
