@@ -558,7 +558,7 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
 
         That is a pass with the adapters disabled, and one that trains: merged values would get no gradient. TRL merges,
         sends the weights and unmerges, and where sending them fails nothing unmerges. The place is outside the blocks,
-        which reentrant checkpointing calls without gradients.
+        for a reentrant checkpoint around one calls it without gradients.
 
         Args:
             module (`torch.nn.Module`): What holds the blocks.

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from trl_tinylora import TinyLoraConfig, merging
 from trl_tinylora.bank import TinyLoraBank
@@ -492,14 +493,30 @@ def sync(model):
     return sent
 
 
+@pytest.fixture
+def reentrant_backwards(monkeypatch):
+    """One entry for each backward pass of a reentrant checkpoint."""
+    calls, original = [], CheckpointFunction.backward
+    monkeypatch.setattr(CheckpointFunction, "backward", staticmethod(lambda *args: calls.append(1) or original(*args)))
+    return calls
+
+
+def training(model, checkpointing):
+    if checkpointing != "no checkpointing":
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": checkpointing == "reentrant"}
+        )
+    return model.train()
+
+
 @ways
-@pytest.mark.parametrize("checkpointing", [None, False, True])
-def test_training_after_a_transfer_that_failed_goes_on_from_the_base(tiny_qwen2, token_ids, way, checkpointing):
-    model, untouched = (adapted(tiny_qwen2().bfloat16(), way).train() for _ in range(2))
-    for one in (model, untouched):
-        if checkpointing is not None:
-            one.enable_input_require_grads()
-            one.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
+@pytest.mark.parametrize("checkpointing", ["no checkpointing", "not reentrant", "reentrant"])
+def test_training_after_a_transfer_that_failed_goes_on_from_the_base(
+    tiny_qwen2, token_ids, reentrant_backwards, way, checkpointing
+):
+    model, untouched = (training(adapted(tiny_qwen2().bfloat16(), way), checkpointing) for _ in range(2))
     before = weights_of(model)
     expected = loss_of(untouched, token_ids)
     expected.backward()
@@ -517,6 +534,20 @@ def test_training_after_a_transfer_that_failed_goes_on_from_the_base(tiny_qwen2,
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         loss_of(model, token_ids).backward()
+    # Three passes through two blocks.
+    assert len(reentrant_backwards) == (6 if checkpointing == "reentrant" else 0)
+
+
+@ways
+def test_a_transfer_between_forward_and_backward_changes_no_gradient(tiny_qwen2, token_ids, way):
+    model, untouched = (adapted(tiny_qwen2(), way).train() for _ in range(2))
+    loss_of(untouched, token_ids).backward()
+    loss = loss_of(model, token_ids)
+    sync(model)
+    with torch.inference_mode():
+        sync(model)
+    loss.backward()
+    assert torch.equal(values_of(model).grad, values_of(untouched).grad)
 
 
 def test_peft_leaves_a_lora_merged_for_good(tiny_qwen2, token_ids):
@@ -629,25 +660,38 @@ def test_a_pass_without_the_adapter_restores_what_a_failed_merge_left(
     assert differing(weights_of(model), before) == [] and not model.base_model.bank.merged_layers
 
 
-def test_the_hook_stands_where_blocks_are_called_even_from_a_dictionary_of_modules(token_ids):
-    # As in the first GPTs: `self.transformer = nn.ModuleDict({"h": nn.ModuleList(...)})`, which has no forward.
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            blocks = nn.ModuleList([OneLayer(8, 8, torch.float32) for _ in range(2)])
-            self.transformer = nn.ModuleDict({"h": blocks})
+class CheckpointedBlocks(nn.Module):
+    # As in the first GPTs, the list of blocks is in a dictionary of modules, which has no forward of its own.
+    def __init__(self):
+        super().__init__()
+        blocks = nn.ModuleList([OneLayer(8, 8, torch.float32) for _ in range(2)])
+        self.transformer = nn.ModuleDict({"h": blocks})
 
-        def forward(self, x):
-            for block in self.transformer["h"]:
-                x = block(x)
-            return x
+    def forward(self, x):
+        for block in self.transformer["h"]:
+            x = checkpoint(block, x, use_reentrant=True)
+        return x
 
-    model = adapted(Model(), target_modules=["linear"]).train()
-    before = weights_of(model)
+
+@pytest.mark.parametrize("place", ["where blocks are called", "at the first block"])
+def test_a_checkpoint_around_every_block_hides_no_training_pass(place):
+    model = adapted(CheckpointedBlocks(), target_modules=["linear"]).train()
+    before, base = weights_of(model), model.get_base_model()
+    if place == "at the first block":
+        # Negative control: a reentrant checkpoint calls its block without gradients.
+        base._trl_tinylora_calls_blocks.remove()
+        base.transformer["h"][0].register_forward_pre_hook(model.base_model.bank.before_blocks, prepend=True)
     model.merge_adapter()
-    with pytest.warns(UserWarning, match="2 layers were still merged"):
-        model(torch.ones(1, 8)).sum().backward()
-    assert differing(weights_of(model), before) == [] and values_of(model).grad.abs().sum() > 0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        output = model(torch.ones(1, 8, requires_grad=True))
+    if place == "at the first block":
+        assert caught == [] and differing(weights_of(model), before) == list(before)
+        return
+    assert [str(warning.message)[:50] for warning in caught] == ["2 layers were still merged when a training pass be"]
+    assert differing(weights_of(model), before) == []
+    output.sum().backward()
+    assert values_of(model).grad.abs().sum() > 0
 
 
 def test_a_weight_that_was_partitioned_again_while_merged_is_left_to_zero(tiny_qwen2):
