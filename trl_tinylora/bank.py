@@ -17,6 +17,7 @@ sink: R of every row and module ([`Rows`]) is computed before the pass.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Optional
 
@@ -194,11 +195,13 @@ class Vectors(nn.Module):
     Args:
         plan ([`Plan`]): What the adapter shares with others.
         device (`torch.device`): Where the values live; on the meta device they are left open.
+        config ([`TinyLoraConfig`]): The adapter's configuration.
     """
 
-    def __init__(self, plan: Plan, device: torch.device):
+    def __init__(self, plan: Plan, device: torch.device, config: TinyLoraConfig):
         super().__init__()
         self.plan = plan
+        self.config = config
         # TRL casts every trainable parameter of a quantised model to bfloat16, where small updates stall, unless its
         # name holds this token (trl v1.16.0, trl/trainer/grpo_trainer.py:536-541).
         self.lora_magnitude_vector = nn.Parameter(
@@ -437,6 +440,8 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
         super().__init__()
         self.trl_tinylora_v = nn.ModuleDict()
         self.merged_adapters = []
+        # Names of the layers whose weights are merged: fewer than all of them where a merge failed half-way.
+        self.merged_layers: set[str] = set()
         self.plans: list[Plan] = []
         # Set while a batch is under way whose rows have adapters of their own.
         self.rows: Optional[Rows] = None
@@ -547,6 +552,40 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
             if vectors is not None:
                 vectors.set_trained(requires_grad)
 
+    def before_blocks(self, module: nn.Module, args: tuple) -> None:
+        """
+        Forward pre-hook of what calls the blocks: puts the original weights back where merged ones would be wrong.
+
+        That is a pass with the adapters disabled, and one that trains: merged values would get no gradient. TRL merges,
+        sends the weights and unmerges, and where sending them fails nothing unmerges. The place is outside the blocks,
+        for a reentrant checkpoint around one calls it without gradients.
+
+        Args:
+            module (`torch.nn.Module`): What holds the blocks.
+            args (`tuple`): Its positional arguments.
+        """
+        if not self.merged_layers or not (self.disable_adapters or self._trains(module)):
+            return
+        n_merged = len(self.merged_layers)
+        for layer in module.modules():
+            if isinstance(layer, TinyLoraLayer):
+                layer.unmerge()
+        self.unmerge()
+        if not self.disable_adapters:
+            warnings.warn(
+                f"{n_merged} layers were still merged when a training pass began: something was raised between "
+                "`merge_adapter` and `unmerge_adapter`, or the latter was not called. Their original weights were put "
+                "back, bit for bit, and training goes on. To compute with merged weights, call `model.eval()` or use "
+                "`torch.no_grad()`.",
+                stacklevel=2,
+            )
+
+    def _trains(self, module: nn.Module) -> bool:
+        if not (torch.is_grad_enabled() and module.training):
+            return False
+        # FSDP2 has two tensors for the values, of which PEFT told one.
+        return any(vectors.is_trained or vectors.values_GK.requires_grad for vectors in self.trl_tinylora_v.values())
+
     def before_first_block(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Forward pre-hook of a first adapted block: R of the active adapters that begin there, and their sinks.
 
@@ -561,9 +600,6 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
         Raises:
             RuntimeError: If the block gets no hidden states, or runs as a replica of `torch.nn.DataParallel`.
         """
-        if self.disable_adapters:
-            # The layers unmerge as well when they are called while disabled.
-            self.unmerge()
         if self.disable_adapters or self.merged_adapters or self.rows is not None:
             return args, kwargs
         if getattr(module, "_is_replica", False):
@@ -587,8 +623,15 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
             safe_merge (`bool`, *optional*): Of no effect here.
             adapter_names (`list[str]`, *optional*): Adapters; the active ones by default.
         """
+        merged_before = list(self.merged_adapters)
         names = self.active_adapters if adapter_names is None else adapter_names
-        self.merged_adapters.extend(name for name in names if name not in self.merged_adapters)
+        self.merged_adapters.extend(name for name in names if name not in merged_before)
+        if merged_before:
+            warnings.warn(
+                f"{', '.join(merged_before)} had been merged before and not unmerged: merged afresh, from the original "
+                "weights and the present values.",
+                stacklevel=2,
+            )
 
     def unmerge(self) -> None:
         """Notes that the layers were unmerged."""

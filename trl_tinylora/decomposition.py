@@ -69,7 +69,27 @@ def delta_weight(left_OR: torch.Tensor, mixing_RR: torch.Tensor, right_RI: torch
     Returns:
         `torch.Tensor` of shape `(out_features, in_features)`.
     """
-    return left_OR @ mixing_RR @ right_RI
+    return sum_of_outer_products(left_OR @ mixing_RR, right_RI)
+
+
+def sum_of_outer_products(columns_OR: torch.Tensor, rows_RI: torch.Tensor) -> torch.Tensor:
+    """
+    Returns `columns @ rows`, the same to the last bit for any choice of rows, number of threads, library and device.
+
+    It is made of elementwise products and sums, each of which IEEE 754 settles: a matrix product may order and fuse
+    them in a way of its own, from one call to the next. Its cost grows with r; up to about 16 it is a product's.
+
+    Args:
+        columns_OR (`torch.Tensor`): Shape `(out_features, r)`.
+        rows_RI (`torch.Tensor`): Shape `(r, in_features)`.
+
+    Returns:
+        `torch.Tensor` of shape `(out_features, in_features)`.
+    """
+    total_OI = columns_OR[:, :1] * rows_RI[0]
+    for rank in range(1, len(rows_RI)):
+        total_OI += columns_OR[:, rank : rank + 1] * rows_RI[rank]
+    return total_OI
 
 
 def mix(values_GK: torch.Tensor, groups_M: torch.Tensor, projections_MKRR: torch.Tensor) -> torch.Tensor:

@@ -129,24 +129,31 @@ def spread_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def swap(parameter: nn.Parameter, tensor: torch.Tensor) -> torch.Tensor:
-    """Puts a tensor in a parameter's place, and returns what stood there.
+def standing(parameter: nn.Parameter) -> torch.Tensor:
+    """Returns what stands in a parameter's place, as [`put`] will leave it.
+
+    Args:
+        parameter (`torch.nn.Parameter`): Ordinary, gathered by ZeRO-3 or a `DTensor`.
+
+    Returns:
+        `torch.Tensor`: The tensor itself, or a copy of this process's share.
+    """
+    return parameter.detach().clone() if isinstance(parameter, DTensor) else parameter.data
+
+
+def put(parameter: nn.Parameter, tensor: torch.Tensor) -> None:
+    """Puts a tensor in a parameter's place.
 
     Args:
         parameter (`torch.nn.Parameter`): Ordinary, gathered by ZeRO-3 or a `DTensor`.
         tensor (`torch.Tensor`): Of its shape and dtype, spread as it is.
-
-    Returns:
-        `torch.Tensor`
     """
     if isinstance(parameter, DTensor):
         # FSDP2 gathers from storage of its own, which the parameter only views.
-        former = parameter.detach().clone()
         with torch.no_grad():
             parameter.copy_(tensor)
-        return former
-    former, parameter.data = parameter.data, tensor
-    return former
+    else:
+        parameter.data = tensor
 
 
 def same_on_all(tensors: Iterable[torch.Tensor]) -> None:

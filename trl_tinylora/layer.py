@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Optional
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .bank import MixingStep, Plan, TinyLoraBank, TinyLoraLayer, Vectors
-from .decomposition import delta_weight
-from .distributed import is_partitioned, spread_like, swap, whole
+from .distributed import is_partitioned
+from .merging import Kept, Listed, Update, refuse_not_finite, way_back
 
 
 class Linear(nn.Module, TinyLoraLayer):
@@ -38,7 +38,8 @@ class Linear(nn.Module, TinyLoraLayer):
         # No buffers: DDP broadcasts those before every forward pass, megabytes beside the 52 bytes of a gradient.
         self._factors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.merged_adapters = []
-        self._unmerged_weight: Optional[torch.Tensor] = None
+        # The way back, while adapters are merged.
+        self._way_back: Optional[Kept | Listed] = None
         self._disable_adapters = False
 
     def factors(self, rank: int) -> Optional[tuple[torch.Tensor, torch.Tensor]]:
@@ -102,6 +103,10 @@ class Linear(nn.Module, TinyLoraLayer):
         self.drop_unused_factors()
 
     def _apply(self, fn, recurse=True):
+        if self._way_back is not None:
+            # A list of entries holds in one dtype only.
+            original = fn(self._way_back.original(self.get_base_layer().weight))
+            self._way_back = Kept(self._way_back.update.to(original.device), original)
         self._factors = {rank: tuple(fn(factor) for factor in factors) for rank, factors in self._factors.items()}
         return super()._apply(fn, recurse)
 
@@ -171,6 +176,7 @@ class Linear(nn.Module, TinyLoraLayer):
             mixed_R = step(hidden_R, mixing.to(x.device, hidden_R.dtype))
             return F.linear(mixed_R.to(x.dtype), left_OR.to(x.device, x.dtype))
 
+    @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """Returns what an adapter adds to the weight, from its present values: `U S R V^T`.
 
@@ -180,29 +186,42 @@ class Linear(nn.Module, TinyLoraLayer):
         Returns:
             `torch.Tensor` of the base weight's shape and device, dtype float32 (float64 on a float64 base).
         """
-        vectors, index = self.place(adapter_name)
-        left_OR, right_RI = self.factors_of(vectors.plan)
-        dtype = torch.promote_types(left_OR.dtype, torch.float32)
-        mixing_RR = vectors.mixing(index).to(left_OR.device, dtype)
-        delta_OI = delta_weight(left_OR.to(dtype), mixing_RR, right_RI.to(dtype))
-        return delta_OI.T if isinstance(self.get_base_layer(), Conv1D) else delta_OI
+        left_OR, _ = self.factors_of(self.place(adapter_name)[0].plan)
+        return self._present_update([adapter_name], left_OR.device, left_OR.dtype).whole()
+
+    def _present_update(self, adapter_names: Sequence[str], device: torch.device, dtype: torch.dtype) -> Update:
+        dtype = torch.promote_types(dtype, torch.float32)
+        terms = []
+        with torch.autocast(device.type, enabled=False):
+            for name in adapter_names:
+                vectors, index = self.place(name)
+                left_OR, right_RI = (factor.to(device, dtype) for factor in self.factors_of(vectors.plan))
+                mixed_OR = left_OR @ vectors.mixing(index).to(device, dtype)
+                is_transposed = isinstance(self.get_base_layer(), Conv1D)
+                terms.append((right_RI.mT, mixed_OR.mT) if is_transposed else (mixed_OR, right_RI))
+        return Update(terms)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
         """
         Puts adapters into the base weight: `W' = W + U S R V^T` in float32, rounded once to the weight's dtype.
 
-        The original weight is kept until [`unmerge`], so that a cycle changes no bit.
+        Adapters that are merged already are merged afresh, from the original weight and the present values. How that
+        weight comes back is the adapters' `merge_restore`. Whatever fails leaves the layer as it was.
 
         Args:
             safe_merge (`bool`, *optional*, defaults to `False`): Whether to refuse a result that is not finite.
             adapter_names (`list[str]`, *optional*): Adapters to merge; the active ones by default.
 
         Raises:
-            ValueError: If `safe_merge` and the result is not finite; nothing is changed then.
+            TypeError: If `adapter_names` is a string.
+            ValueError: If `safe_merge` and the result is not finite.
             RuntimeError: If ZeRO-3 has the weight partitioned.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if self.place(name) is not None]
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
+        names = self.active_adapters if adapter_names is None else adapter_names
+        names = [name for name in names if self.place(name) is not None]
         if not names:
             return
         weight = self.get_base_layer().weight
@@ -212,28 +231,47 @@ class Linear(nn.Module, TinyLoraLayer):
                 "unmerge inside `with deepspeed.zero.GatheredParameters(list(model.parameters())):`, or load the "
                 "adapter on an ordinary model."
             )
-        original = weight.data if self._unmerged_weight is None else self._unmerged_weight
-        total = original.to(torch.promote_types(original.dtype, torch.float32))
-        for name in [*self.merged_adapters, *names]:
-            total = total + spread_like(self.get_delta_weight(name).to(total.device), total)
-        merged = total.to(original.dtype)
-        if safe_merge and not whole(torch.isfinite(merged).all()):
-            raise ValueError(
-                f"merging {', '.join(names)} gives weights that are not finite in {original.dtype}. Check the "
-                "adapter's values with `print(model.state_dict())`, or merge into a model of a wider dtype."
-            )
-        previous = swap(weight, merged)
-        if self._unmerged_weight is None:
-            self._unmerged_weight = previous
-        self.merged_adapters.extend(names)
+        former, former_names = self._way_back, list(self.merged_adapters)
+        names = list(dict.fromkeys([*former_names, *names]))
+        update = self._present_update(names, weight.device, weight.dtype)
+        asked_for = [self.place(name)[0].config.merge_restore for name in names]
+        check = partial(refuse_not_finite, names=names) if safe_merge else None
+        self.unmerge()
+        try:
+            self._merge(way_back(update, weight, asked_for), names, check)
+        except BaseException:
+            if former is not None:
+                self._merge(former, former_names)
+            raise
 
+    def _merge(self, way: Kept | Listed, names: list[str], check: Optional[Callable] = None) -> None:
+        self._way_back = way
+        self._bank[0].merged_layers.add(self.name)
+        try:
+            way.merge(self.get_base_layer().weight, check)
+            self.merged_adapters.extend(names)
+        except BaseException:
+            self.unmerge()
+            raise
+
+    @torch.no_grad()
     def unmerge(self) -> None:
         """Puts the original weight back, bit for bit."""
-        if self._unmerged_weight is not None:
-            weight = self.get_base_layer().weight
-            swap(weight, self._unmerged_weight.to(weight.device))
-            self._unmerged_weight = None
+        if self._way_back is not None:
+            self._way_back.restore(self.get_base_layer().weight)
+            self._way_back = None
         self.merged_adapters.clear()
+        self._bank[0].merged_layers.discard(self.name)
+
+    @torch.no_grad()
+    def unmerged_weight(self) -> torch.Tensor:
+        """Returns the base weight as it is without adapters, which stay merged where they are.
+
+        Returns:
+            `torch.Tensor`
+        """
+        weight = self.get_base_layer().weight
+        return weight.data if self._way_back is None else self._way_back.original(weight)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Returns True: the update is a matrix of rank r added to the weight.

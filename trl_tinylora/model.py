@@ -92,7 +92,7 @@ class TinyLoraModel(BaseTuner):
         if plan is not None and not _trains_more_than_values(config):
             self._refuse_another_base(adapter_name, config, plan)
             # PEFT's own injection looks at every module and every adapter there is; here nothing is left to wrap.
-            bank.add(adapter_name, Vectors(plan, _device(plan, low_cpu_mem_usage)))
+            bank.add(adapter_name, Vectors(plan, _device(plan, low_cpu_mem_usage), config))
             config.target_modules = copy.copy(plan.target_modules)
             return
         names = resolve_target_modules(model, config)
@@ -105,7 +105,7 @@ class TinyLoraModel(BaseTuner):
             plan = Plan(config, names, block_name, factors[names[0]][0].device, measured)
         self._refuse_another_base(adapter_name, config, plan)
         as_asked_for = Plan.targets_of(config)
-        self._injection = Vectors(plan, _device(plan, low_cpu_mem_usage)), factors
+        self._injection = Vectors(plan, _device(plan, low_cpu_mem_usage), config), factors
         state = _tree_of(model)
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
@@ -120,7 +120,7 @@ class TinyLoraModel(BaseTuner):
         # PEFT has put names in the place of "all-linear".
         plan.target_modules = copy.copy(config.target_modules)
         plan.targets |= {as_asked_for, Plan.targets_of(config)}
-        _place_hook(model.get_submodule(block_name), block_name, self.bank)
+        _place_hooks(model, block_name, self.bank)
 
     def _refuse_another_base(self, adapter_name: str, config: TinyLoraConfig, plan: Plan) -> None:
         # A configuration that was read from a folder has these; nothing is changed yet.
@@ -246,7 +246,8 @@ class TinyLoraModel(BaseTuner):
     def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         for module in model.modules():
-            _remove_hook(module)
+            _remove_hook(module, "_trl_tinylora_hook")
+            _remove_hook(module, "_trl_tinylora_calls_blocks")
         delattr(model, BANK)
         return model
 
@@ -272,7 +273,7 @@ class TinyLoraModel(BaseTuner):
         """What can be told of a batch whose rows have adapters of their own before it is seen."""
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        if self.bank.merged:
+        if self.bank.merged_layers:
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
@@ -363,12 +364,12 @@ def compute_factors(
                 "(`from_pretrained` without `device_map='meta'` or `init_empty_weights`; under FSDP with "
                 "`fsdp_cpu_ram_efficient_loading: false`, for otherwise only the first process has them)."
             )
-        unmerged = module._unmerged_weight if isinstance(module, Linear) else None
         must_gather = is_spread(linear.weight)
         try:
             # One weight at a time: what is whole at any moment is small beside the model.
             with gathered([linear.weight]):
-                weight_OI = as_OI(linear, whole(linear.weight.data if unmerged is None else unmerged))
+                weight = module.unmerged_weight() if isinstance(module, Linear) else linear.weight.data
+                weight_OI = as_OI(linear, whole(weight))
                 left_OR, right_RI, uncertainty = (
                     cached_svd(weight_OI, rank) if before is None else (*known, before.uncertainty)
                 )
@@ -451,13 +452,20 @@ def _restore_tree(model: nn.Module, state: tuple[list, list]) -> None:
         parameter.requires_grad_(requires_grad)
 
 
-def _place_hook(block: nn.Module, name: str, bank: TinyLoraBank) -> None:
-    _remove_hook(block)
+def _place_hooks(model: nn.Module, name: str, bank: TinyLoraBank) -> None:
+    # What calls the blocks: their list and a dictionary of modules around it have no forward of their own.
+    caller = name
+    while caller and (caller == name or type(model.get_submodule(caller)).forward is nn.Module.forward):
+        caller = caller.rpartition(".")[0]
+    block, caller = model.get_submodule(name), model.get_submodule(caller)
+    _remove_hook(block, "_trl_tinylora_hook")
     block._trl_tinylora_block = name
     block._trl_tinylora_hook = block.register_forward_pre_hook(bank.before_first_block, with_kwargs=True)
+    _remove_hook(caller, "_trl_tinylora_calls_blocks")
+    caller._trl_tinylora_calls_blocks = caller.register_forward_pre_hook(bank.before_blocks, prepend=True)
 
 
-def _remove_hook(block: nn.Module) -> None:
-    if hasattr(block, "_trl_tinylora_hook"):
-        block._trl_tinylora_hook.remove()
-        del block._trl_tinylora_hook, block._trl_tinylora_block
+def _remove_hook(module: nn.Module, attribute: str) -> None:
+    if hasattr(module, attribute):
+        getattr(module, attribute).remove()
+        delattr(module, attribute)
