@@ -242,9 +242,8 @@ def _survival_in(
             f"the weight of {layer.name} is quantised ({linear.weight.dtype}), and what a merge leaves of an update "
             "there is not known. Measure on the same model in bfloat16."
         )
-    unmerged = layer._unmerged_weight
     with gathered([linear.weight]):
-        weight_OI = as_OI(linear, whole(linear.weight.data if unmerged is None else unmerged))
+        weight_OI = as_OI(linear, whole(layer.unmerged_weight()))
         size = weight_OI.numel()
         row_N, column_N = (places.to(weight_OI.device) for places in spread_entries(tuple(weight_OI.shape), entries))
         # A copy: what was gathered is gone behind this block.

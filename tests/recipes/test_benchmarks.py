@@ -7,11 +7,13 @@ import json
 import sys
 from pathlib import Path
 
+import build
 import fidelity
 import growth
 import harness
 import imports
 import many_adapters
+import merge
 import pytest
 import torch
 import toy_profile
@@ -20,6 +22,8 @@ from report import replace_section
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
+    build: "--hidden 280 --intermediate 320 --key_values 270 --layers 1 --angles 270",
+    merge: "--size 64 --repeats 1 --cycles 2 --our_cycles 2",
     growth: "--hidden 64 --layers 1 --tokens 8 --repeats 1 --sizes_layers 1 2 3 --sizes_rank 1 2 4 --sizes_u 1 2 4 "
     "--sizes_adapters 1 2 4 --sizes_tokens 4 8 16",
     fidelity: "--rows 64 --columns 48 --weights 1 --entries 256 --repeats 1 --texts 2",
