@@ -77,9 +77,9 @@ def test_share_and_median_are_those_of_the_definition_in_numpy(size):
     weight_OI = (0.05 * torch.randn(40, 31, generator=generator)).bfloat16()
     weight_OI[0, :3] = torch.tensor([0.0, 0.5, -0.25])
     mixing_RR = size * torch.randn(2, 2, generator=generator)
-    found = survival(weight_OI, delta_weight(left_OR, mixing_RR, right_RI))
-    delta = (left_OR @ mixing_RR @ right_RI).double().numpy()
-    share, median = numpy_fidelity(weight_OI.double().numpy(), delta)
+    delta_OI = delta_weight(left_OR, mixing_RR, right_RI)
+    found = survival(weight_OI, delta_OI)
+    share, median = numpy_fidelity(weight_OI.double().numpy(), delta_OI.double().numpy())
     assert (found.inner / found.square).item() == pytest.approx(share, rel=1e-9, abs=1e-12)
     assert np.median(found.ulps.numpy()) == pytest.approx(median, rel=1e-12)
     assert found.n_inexact == 0
