@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from benchmarks.harness import peak_bytes
+from harness import peak_bytes
 
 from trl_tinylora import cache
 from trl_tinylora.decomposition import truncated_svd

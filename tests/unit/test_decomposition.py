@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 import torch
-from benchmarks.harness import peak_bytes
+from harness import peak_bytes
 
 from trl_tinylora import decomposition, krylov
 from trl_tinylora.decomposition import (
