@@ -6,7 +6,7 @@ once per checkpointed block, which breaks DeepSpeed ZeRO-2 and 3 and is silently
 one place:
 
 * before the first adapted block, every module's R = sum_k v_k P_k is computed in one product, without a graph;
-* in each layer, a small Function ([`MixingStep`]) adds the gradient of its R to a side buffer;
+* in each layer, two Functions ([`HiddenStep`], [`UpdateStep`]) add the gradient of R to a side buffer;
 * at that first place a Function ([`GradientSink`]) hands the hidden states on unchanged. Its backward runs when those
   of all layers behind it have run: it turns the buffer into the gradient of v.
 
@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Optional
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -31,6 +33,11 @@ from .decomposition import basis_projections, gaussian_projections, mix, unmix
 from .distributed import gathered, is_fsdp, is_spread, whole
 from .fingerprint import Measured, Probe, fingerprint
 from .tying import assign_groups, count_groups
+
+
+# On a CPU the product with U S as it lies in memory takes three times as long as with its transpose. In modules smaller
+# than this there is little to save, and what small models were recorded to do stays the same to the last bit.
+TRANSPOSED_FROM = 512
 
 
 class TinyLoraLayer(BaseTunerLayer):
@@ -340,21 +347,130 @@ class GradientSink(torch.autograd.Function):
         return grad_hidden, ctx.vectors.collect() if ctx.needs_input_grad[1] else None, None
 
 
-class MixingStep(torch.autograd.Function):
-    """`h -> h R^T` for one module; its backward adds the gradient of R to the side buffer that the sink empties."""
+class HiddenStep(torch.autograd.Function):
+    """
+    `x V` for one module: r numbers a token, and all that an adapter keeps for the backward pass.
+
+    A step of its own, before the base layer's: a checkpoint that recomputes a block stops at the last thing kept, and
+    the product with the largest weight comes after it. What its backward gets is the gradient of `x V R^T`, which makes
+    that of R; the gradient of x is [`UpdateStep`]'s.
+    """
 
     @staticmethod
-    def forward(ctx, hidden_R, mixing_RR, vectors, index):
+    def forward(ctx, x, right_RI, vectors, index):
+        hidden_R = to_hidden(x, right_RI)
         ctx.save_for_backward(hidden_R)
-        ctx.mixing_RR, ctx.vectors, ctx.index = mixing_RR, vectors, index
-        return hidden_R @ mixing_RR.mT
+        ctx.vectors, ctx.index = vectors, index
+        ctx.set_materialize_grads(False)
+        return hidden_R
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_R):
-        (hidden_R,) = ctx.saved_tensors
-        ctx.vectors.deposit(ctx.index, grad_R.flatten(0, -2).mT @ hidden_R.flatten(0, -2))
-        return (grad_R @ ctx.mixing_RR if ctx.needs_input_grad[0] else None), None, None, None
+    def backward(ctx, grad_mixed_R):
+        if grad_mixed_R is not None and ctx.vectors is not None:
+            (hidden_R,) = ctx.saved_tensors
+            with without_autocast(hidden_R):
+                grad_TR, hidden_TR = _flat(grad_mixed_R), _flat(hidden_R)
+                ctx.vectors.deposit(ctx.index, grad_TR.mT @ hidden_TR.to(grad_TR.dtype))
+        return None, None, None, None
+
+
+class UpdateStep(torch.autograd.Function):
+    """`result + x V R^T (U S)^T` for one module, in as few passes over tensors of its width as can be; keeps none."""
+
+    @staticmethod
+    def forward(ctx, result, x, hidden_R, factors, mixing_RR, may_overwrite):
+        updated = add_update(result, hidden_R, factors[0], mixing_RR, may_overwrite)
+        if updated is result:
+            ctx.mark_dirty(result)
+        # The layer's own, and nothing that depends on tokens.
+        ctx.factors, ctx.mixing_RR, ctx.like = factors, mixing_RR, (x.device, x.dtype)
+        return updated
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grad_x = None
+        with without_autocast(grad):
+            left_OR, right_RI = (factor.to(*ctx.like) for factor in ctx.factors)
+            mixing_RR = _widened(ctx.mixing_RR, left_OR)
+            grad_mixed_R = _through_left(grad.to(*ctx.like), left_OR).to(mixing_RR.dtype)
+            if ctx.needs_input_grad[1]:
+                grad_x = (grad_mixed_R @ mixing_RR).to(right_RI.dtype) @ right_RI
+        return grad, grad_x, grad_mixed_R, None, None, None
+
+
+def to_hidden(x: torch.Tensor, right_RI: torch.Tensor) -> torch.Tensor:
+    """
+    Returns `x V`.
+
+    Args:
+        x (`torch.Tensor`): A module's input, shape `(..., in_features)`.
+        right_RI (`torch.Tensor`): V^T, shape `(r, in_features)`.
+
+    Returns:
+        `torch.Tensor` of shape `(..., r)`, dtype and device of `x`.
+    """
+    # Only the r x r step is worth float32; the large products run in the activations' own dtype.
+    with without_autocast(x):
+        return F.linear(x, right_RI.to(x.device, x.dtype))
+
+
+def add_update(
+    result: torch.Tensor, hidden_R: torch.Tensor, left_OR: torch.Tensor, mixing_RR: torch.Tensor, may_overwrite: bool
+) -> torch.Tensor:
+    """
+    Returns `result + x V R^T (U S)^T`.
+
+    Args:
+        result (`torch.Tensor`): The base layer's output, shape `(..., out_features)`.
+        hidden_R (`torch.Tensor`): x V, shape `(..., r)`.
+        left_OR (`torch.Tensor`): U S, shape `(out_features, r)`.
+        mixing_RR (`torch.Tensor`): R, shape `(r, r)`, dtype float32 or wider.
+        may_overwrite (`bool`): Whether nobody else has the result, so that it may be changed in place.
+
+    Returns:
+        `torch.Tensor` of the result's shape and dtype; the result itself where it was changed in place.
+    """
+    left_OR = left_OR.to(hidden_R.device, hidden_R.dtype)
+    with without_autocast(hidden_R):
+        mixing_RR = _widened(mixing_RR, hidden_R)
+        mixed_R = (hidden_R.to(mixing_RR.dtype) @ mixing_RR.mT).to(hidden_R.dtype)
+        if result.dtype != mixed_R.dtype:
+            return result + F.linear(mixed_R, left_OR).to(result.dtype)
+        # In place on a view, autograd would copy the gradient of what it views, twice.
+        if may_overwrite and result.is_contiguous() and not result._is_view():
+            _flat(result).addmm_(_flat(mixed_R), left_OR.mT)
+            return result
+        return torch.addmm(_flat(result), _flat(mixed_R), left_OR.mT).view(result.shape)
+
+
+def without_autocast(like: torch.Tensor) -> AbstractContextManager:
+    """Returns a context in which products run in the dtype of what they are given.
+
+    Args:
+        like (`torch.Tensor`): On the device where they run.
+
+    Returns:
+        A context manager.
+    """
+    # Entering autocast costs as much as one of the small products, also to turn off what is off.
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def _widened(mixing_RR: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return mixing_RR.to(like.device, torch.promote_types(like.dtype, mixing_RR.dtype))
+
+
+def _flat(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden.reshape(-1, hidden.shape[-1])
+
+
+def _through_left(grad: torch.Tensor, left_OR: torch.Tensor) -> torch.Tensor:
+    if grad.device.type == "cpu" and len(left_OR) >= TRANSPOSED_FROM:
+        return F.linear(grad, left_OR.T.contiguous())
+    return grad @ left_OR
 
 
 class Rows:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Optional
 
 import torch
@@ -11,7 +10,17 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .bank import MixingStep, Plan, TinyLoraBank, TinyLoraLayer, Vectors
+from .bank import (
+    HiddenStep,
+    Plan,
+    TinyLoraBank,
+    TinyLoraLayer,
+    UpdateStep,
+    Vectors,
+    add_update,
+    to_hidden,
+    without_autocast,
+)
 from .decomposition import delta_weight
 from .distributed import is_partitioned, spread_like, swap, whole
 
@@ -134,42 +143,43 @@ class Linear(nn.Module, TinyLoraLayer):
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
-        result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
-            return result
+            return self.base_layer(x, *args, **kwargs)
         rows = self._bank[0].rows
         if rows is not None:
+            result = self.base_layer(x, *args, **kwargs)
             for plan, mixing_BRR in rows.of(self.name, x).items():
-                result = result + self._between_factors(x, plan, mixing_BRR, _mix_each_row).to(result.dtype)
+                result = result + self._update_of_rows(x, plan, mixing_BRR).to(result.dtype)
             return result
-        for adapter_name in self.active_adapters:
-            if self.place(adapter_name) is not None:
-                result = result + self._update(x, adapter_name).to(result.dtype)
+        places = [place for place in map(self.place, self.active_adapters) if place is not None]
+        hiddens_R = [self._hidden(x, *place) for place in places]
+        result = self.base_layer(x, *args, **kwargs)
+        for place, hidden_R in zip(places, hiddens_R, strict=True):
+            result = self._with_update(result, x, hidden_R, *place)
         return result
 
-    def _update(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        vectors, index = self.place(adapter_name)
+    def _hidden(self, x: torch.Tensor, vectors: Vectors, index: int) -> torch.Tensor:
+        right_RI = self.factors_of(vectors.plan)[1]
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return to_hidden(x, right_RI)
+        return HiddenStep.apply(x, right_RI, vectors if vectors.values_GK.requires_grad else None, index)
 
-        def step(hidden_R: torch.Tensor, mixing_RR: torch.Tensor) -> torch.Tensor:
-            if torch.is_grad_enabled() and vectors.values_GK.requires_grad:
-                return MixingStep.apply(hidden_R, mixing_RR, vectors, index)
-            return F.linear(hidden_R, mixing_RR)
-
-        return self._between_factors(x, vectors.plan, vectors.current_mixing(index), step)
-
-    def _between_factors(
-        self,
-        x: torch.Tensor,
-        plan: Plan,
-        mixing: torch.Tensor,
-        step: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    def _with_update(
+        self, result: torch.Tensor, x: torch.Tensor, hidden_R: torch.Tensor, vectors: Vectors, index: int
     ) -> torch.Tensor:
-        left_OR, right_RI = self.factors_of(plan)
-        # Only the r x r step is worth float32; the large products run in the activations' own dtype.
-        with torch.autocast(x.device.type, enabled=False):
-            hidden_R = F.linear(x, right_RI.to(x.device, x.dtype)).to(torch.promote_types(x.dtype, mixing.dtype))
-            mixed_R = step(hidden_R, mixing.to(x.device, hidden_R.dtype))
-            return F.linear(mixed_R.to(x.dtype), left_OR.to(x.device, x.dtype))
+        factors, mixing_RR = self.factors_of(vectors.plan), vectors.current_mixing(index)
+        # What a hook was given it may have kept, and other layers may return what they keep themselves.
+        may_overwrite = type(self.base_layer) is nn.Linear and not self.base_layer._forward_hooks
+        if hidden_R.requires_grad:
+            return UpdateStep.apply(result, x, hidden_R, factors, mixing_RR, may_overwrite)
+        return add_update(result, hidden_R, factors[0], mixing_RR, may_overwrite)
+
+    def _update_of_rows(self, x: torch.Tensor, plan: Plan, mixing_BRR: torch.Tensor) -> torch.Tensor:
+        left_OR, right_RI = (factor.to(x.device, x.dtype) for factor in self.factors_of(plan))
+        with without_autocast(x):
+            hidden_R = F.linear(x, right_RI).to(torch.promote_types(x.dtype, mixing_BRR.dtype))
+            mixed_R = _mix_each_row(hidden_R, mixing_BRR.to(x.device, hidden_R.dtype))
+            return F.linear(mixed_R.to(x.dtype), left_OR)
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """Returns what an adapter adds to the weight, from its present values: `U S R V^T`.
