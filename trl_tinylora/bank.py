@@ -35,9 +35,9 @@ from .fingerprint import Measured, Probe, fingerprint
 from .tying import assign_groups, count_groups
 
 
-# On a CPU the product with U S as it lies in memory takes three times as long as with its transpose. In modules smaller
-# than this there is little to save, and what small models were recorded to do stays the same to the last bit.
-TRANSPOSED_FROM = 512
+# Modules with as many inputs or outputs take the ways that save passes over memory; in smaller ones there is little to
+# save, and what small models were recorded to do stays the same to the last bit.
+LARGE = 512
 
 
 class TinyLoraLayer(BaseTunerLayer):
@@ -349,55 +349,62 @@ class GradientSink(torch.autograd.Function):
 
 class HiddenStep(torch.autograd.Function):
     """
-    `x V` for one module: r numbers a token, and all that an adapter keeps for the backward pass.
+    `x` unchanged, for the base layer, and `x V`: r numbers a token, all that an adapter keeps for the backward pass.
 
-    A step of its own, before the base layer's: a checkpoint that recomputes a block stops at the last thing kept, and
-    the product with the largest weight comes after it. What its backward gets is the gradient of `x V R^T`, which makes
-    that of R; the gradient of x is [`UpdateStep`]'s.
+    A step of its own, before the base layer: a checkpoint that recomputes a block stops at the last thing kept, and the
+    product with the block's last weight comes after it. Its backward gets the base layer's gradient of x, to add to,
+    and the gradient of `x V R^T`, of which it makes that of R.
     """
 
     @staticmethod
-    def forward(ctx, x, right_RI, vectors, index):
+    def forward(ctx, x, right_RI, mixing_RR, vectors, index, adds_up, may_overwrite):
         hidden_R = to_hidden(x, right_RI)
         ctx.save_for_backward(hidden_R)
-        ctx.vectors, ctx.index = vectors, index
+        # The layer's own, and nothing that depends on tokens.
+        ctx.right_RI, ctx.mixing_RR, ctx.vectors, ctx.index = right_RI, mixing_RR, vectors, index
+        ctx.adds_up, ctx.may_overwrite = adds_up, may_overwrite
         ctx.set_materialize_grads(False)
-        return hidden_R
+        return x, hidden_R
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_mixed_R):
-        if grad_mixed_R is not None and ctx.vectors is not None:
+    def backward(ctx, grad_x, grad_mixed_R):
+        if grad_mixed_R is not None:
             (hidden_R,) = ctx.saved_tensors
             with without_autocast(hidden_R):
-                grad_TR, hidden_TR = _flat(grad_mixed_R), _flat(hidden_R)
-                ctx.vectors.deposit(ctx.index, grad_TR.mT @ hidden_TR.to(grad_TR.dtype))
-        return None, None, None, None
+                if ctx.vectors is not None:
+                    hidden_TR = _flat(hidden_R).to(grad_mixed_R.dtype)
+                    ctx.vectors.deposit(ctx.index, _flat(grad_mixed_R).mT @ hidden_TR)
+                if ctx.adds_up:
+                    grad_hidden_R, right_RI = _back_to_x(grad_mixed_R, ctx.mixing_RR, ctx.right_RI, hidden_R.dtype)
+                    grad_x = _add_product(grad_x, grad_hidden_R, right_RI, ctx.may_overwrite)
+        return grad_x, None, None, None, None, None, None
 
 
 class UpdateStep(torch.autograd.Function):
     """`result + x V R^T (U S)^T` for one module, in as few passes over tensors of its width as can be; keeps none."""
 
     @staticmethod
-    def forward(ctx, result, x, hidden_R, factors, mixing_RR, may_overwrite):
+    def forward(ctx, result, hidden_R, factors, mixing_RR, may_overwrite, x):
         updated = add_update(result, hidden_R, factors[0], mixing_RR, may_overwrite)
         if updated is result:
             ctx.mark_dirty(result)
-        # The layer's own, and nothing that depends on tokens.
-        ctx.factors, ctx.mixing_RR, ctx.like = factors, mixing_RR, (x.device, x.dtype)
+        ctx.factors, ctx.mixing_RR, ctx.like = factors, mixing_RR, (hidden_R.device, hidden_R.dtype)
         return updated
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
+        left_OR, right_RI = ctx.factors
+        device, dtype = ctx.like
         grad_x = None
         with without_autocast(grad):
-            left_OR, right_RI = (factor.to(*ctx.like) for factor in ctx.factors)
-            mixing_RR = _widened(ctx.mixing_RR, left_OR)
-            grad_mixed_R = _through_left(grad.to(*ctx.like), left_OR).to(mixing_RR.dtype)
-            if ctx.needs_input_grad[1]:
-                grad_x = (grad_mixed_R @ mixing_RR).to(right_RI.dtype) @ right_RI
-        return grad, grad_x, grad_mixed_R, None, None, None
+            grad_mixed_R = _through_left(grad.to(device, dtype), left_OR.to(device, dtype))
+            grad_mixed_R = grad_mixed_R.to(torch.promote_types(dtype, ctx.mixing_RR.dtype))
+            if ctx.needs_input_grad[-1]:
+                grad_hidden_R, right_RI = _back_to_x(grad_mixed_R, ctx.mixing_RR, right_RI, dtype)
+                grad_x = grad_hidden_R @ right_RI
+        return grad, grad_mixed_R, None, None, None, grad_x
 
 
 def to_hidden(x: torch.Tensor, right_RI: torch.Tensor) -> torch.Tensor:
@@ -434,15 +441,25 @@ def add_update(
     """
     left_OR = left_OR.to(hidden_R.device, hidden_R.dtype)
     with without_autocast(hidden_R):
-        mixing_RR = _widened(mixing_RR, hidden_R)
+        mixing_RR = mixing_RR.to(hidden_R.device, torch.promote_types(hidden_R.dtype, mixing_RR.dtype))
         mixed_R = (hidden_R.to(mixing_RR.dtype) @ mixing_RR.mT).to(hidden_R.dtype)
         if result.dtype != mixed_R.dtype:
             return result + F.linear(mixed_R, left_OR).to(result.dtype)
         # In place on a view, autograd would copy the gradient of what it views, twice.
-        if may_overwrite and result.is_contiguous() and not result._is_view():
-            _flat(result).addmm_(_flat(mixed_R), left_OR.mT)
-            return result
-        return torch.addmm(_flat(result), _flat(mixed_R), left_OR.mT).view(result.shape)
+        return _add_product(result, mixed_R, left_OR.mT, may_overwrite and not result._is_view())
+
+
+def _add_product(total: torch.Tensor, thin_R: torch.Tensor, wide_RD: torch.Tensor, may_overwrite: bool) -> torch.Tensor:
+    if may_overwrite and total.is_contiguous():
+        _flat(total).addmm_(_flat(thin_R), wide_RD)
+        return total
+    return torch.addmm(_flat(total), _flat(thin_R), wide_RD).view(total.shape)
+
+
+def _back_to_x(grad_mixed_R, mixing_RR, right_RI, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    # The gradient of x is the product of the two.
+    grad_hidden_R = grad_mixed_R @ mixing_RR.to(grad_mixed_R.device, grad_mixed_R.dtype)
+    return grad_hidden_R.to(dtype), right_RI.to(grad_mixed_R.device, dtype)
 
 
 def without_autocast(like: torch.Tensor) -> AbstractContextManager:
@@ -459,16 +476,13 @@ def without_autocast(like: torch.Tensor) -> AbstractContextManager:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def _widened(mixing_RR: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return mixing_RR.to(like.device, torch.promote_types(like.dtype, mixing_RR.dtype))
-
-
 def _flat(hidden: torch.Tensor) -> torch.Tensor:
     return hidden.reshape(-1, hidden.shape[-1])
 
 
 def _through_left(grad: torch.Tensor, left_OR: torch.Tensor) -> torch.Tensor:
-    if grad.device.type == "cpu" and len(left_OR) >= TRANSPOSED_FROM:
+    # On a CPU the product with U S as it lies in memory takes three times as long.
+    if grad.device.type == "cpu" and len(left_OR) >= LARGE:
         return F.linear(grad, left_OR.T.contiguous())
     return grad @ left_OR
 

@@ -11,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .bank import (
+    LARGE,
     HiddenStep,
     Plan,
     TinyLoraBank,
@@ -152,27 +153,42 @@ class Linear(nn.Module, TinyLoraLayer):
                 result = result + self._update_of_rows(x, plan, mixing_BRR).to(result.dtype)
             return result
         places = [place for place in map(self.place, self.active_adapters) if place is not None]
-        hiddens_R = [self._hidden(x, *place) for place in places]
-        result = self.base_layer(x, *args, **kwargs)
+        inner_x, hiddens_R = x, []
+        for place in places:
+            inner_x, hidden_R = self._hidden(inner_x, *place)
+            hiddens_R.append(hidden_R)
+        result = self.base_layer(inner_x, *args, **kwargs)
         for place, hidden_R in zip(places, hiddens_R, strict=True):
             result = self._with_update(result, x, hidden_R, *place)
         return result
 
-    def _hidden(self, x: torch.Tensor, vectors: Vectors, index: int) -> torch.Tensor:
-        right_RI = self.factors_of(vectors.plan)[1]
+    def _hidden(self, x: torch.Tensor, vectors: Vectors, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        factors, mixing_RR = self.factors_of(vectors.plan), vectors.current_mixing(index)
         if not (torch.is_grad_enabled() and x.requires_grad):
-            return to_hidden(x, right_RI)
-        return HiddenStep.apply(x, right_RI, vectors if vectors.values_GK.requires_grad else None, index)
+            return x, to_hidden(x, factors[1])
+        trained = vectors if vectors.values_GK.requires_grad else None
+        adds_up = self._is_large(factors)
+        inner_x, hidden_R = HiddenStep.apply(x, factors[1], mixing_RR, trained, index, adds_up, self._is_alone())
+        return inner_x if adds_up else x, hidden_R
 
     def _with_update(
         self, result: torch.Tensor, x: torch.Tensor, hidden_R: torch.Tensor, vectors: Vectors, index: int
     ) -> torch.Tensor:
         factors, mixing_RR = self.factors_of(vectors.plan), vectors.current_mixing(index)
+        if not hidden_R.requires_grad:
+            return add_update(result, hidden_R, factors[0], mixing_RR, self._is_alone())
+        # What gives x its gradient there does not do so here.
+        x = None if self._is_large(factors) else x
+        return UpdateStep.apply(result, hidden_R, factors, mixing_RR, self._is_alone(), x)
+
+    @staticmethod
+    def _is_large(factors: tuple[torch.Tensor, torch.Tensor]) -> bool:
+        return max(len(factors[0]), factors[1].shape[1]) >= LARGE
+
+    def _is_alone(self) -> bool:
         # What a hook was given it may have kept, and other layers may return what they keep themselves.
-        may_overwrite = type(self.base_layer) is nn.Linear and not self.base_layer._forward_hooks
-        if hidden_R.requires_grad:
-            return UpdateStep.apply(result, x, hidden_R, factors, mixing_RR, may_overwrite)
-        return add_update(result, hidden_R, factors[0], mixing_RR, may_overwrite)
+        base = self.base_layer
+        return type(base) is nn.Linear and not base._forward_hooks and not base._forward_pre_hooks
 
     def _update_of_rows(self, x: torch.Tensor, plan: Plan, mixing_BRR: torch.Tensor) -> torch.Tensor:
         left_OR, right_RI = (factor.to(x.device, x.dtype) for factor in self.factors_of(plan))
