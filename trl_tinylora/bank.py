@@ -17,6 +17,7 @@ sink: R of every row and module ([`Rows`]) is computed before the pass.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Optional
@@ -38,6 +39,28 @@ from .tying import assign_groups, count_groups
 # Modules with as many inputs or outputs take the ways that save passes over memory; in smaller ones there is little to
 # save, and what small models were recorded to do stays the same to the last bit.
 LARGE = 512
+
+
+def never_traced(function: Callable) -> Callable:
+    """
+    Returns a function that torch.compile calls as it stands, between two graphs.
+
+    Traced, the gradient of R would be dropped without a word: it goes to a side buffer, which a graph does not have.
+
+    Args:
+        function (`Callable`): Any function.
+
+    Returns:
+        `Callable`
+    """
+    untraced = torch.compiler.disable(function)
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        # The wrapper of torch costs microseconds, the question does not.
+        return untraced(*args, **kwargs) if torch.compiler.is_compiling() else function(*args, **kwargs)
+
+    return call
 
 
 class TinyLoraLayer(BaseTunerLayer):
@@ -480,6 +503,20 @@ def _flat(hidden: torch.Tensor) -> torch.Tensor:
     return hidden.reshape(-1, hidden.shape[-1])
 
 
+def is_large(left_OR: torch.Tensor, right_RI: torch.Tensor) -> bool:
+    """
+    Returns whether a module is large enough for its passes over memory to matter.
+
+    Args:
+        left_OR (`torch.Tensor`): U S, shape `(out_features, r)`.
+        right_RI (`torch.Tensor`): V^T, shape `(r, in_features)`.
+
+    Returns:
+        `bool`
+    """
+    return max(left_OR.shape[0], right_RI.shape[1]) >= LARGE
+
+
 def _through_left(grad: torch.Tensor, left_OR: torch.Tensor) -> torch.Tensor:
     # On a CPU the product with U S as it lies in memory takes three times as long.
     if grad.device.type == "cpu" and len(left_OR) >= LARGE:
@@ -677,6 +714,7 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
             if vectors is not None:
                 vectors.set_trained(requires_grad)
 
+    @never_traced
     def before_first_block(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Forward pre-hook of a first adapted block: R of the active adapters that begin there, and their sinks.
 

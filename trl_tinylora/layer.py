@@ -11,7 +11,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .bank import (
-    LARGE,
     HiddenStep,
     Plan,
     TinyLoraBank,
@@ -19,6 +18,8 @@ from .bank import (
     UpdateStep,
     Vectors,
     add_update,
+    is_large,
+    never_traced,
     to_hidden,
     without_autocast,
 )
@@ -152,22 +153,34 @@ class Linear(nn.Module, TinyLoraLayer):
             for plan, mixing_BRR in rows.of(self.name, x).items():
                 result = result + self._update_of_rows(x, plan, mixing_BRR).to(result.dtype)
             return result
-        places = [place for place in map(self.place, self.active_adapters) if place is not None]
-        inner_x, hiddens_R = x, []
-        for place in places:
-            inner_x, hidden_R = self._hidden(inner_x, *place)
-            hiddens_R.append(hidden_R)
+        inner_x, hiddens_R = self._before_base(x)
         result = self.base_layer(inner_x, *args, **kwargs)
-        for place, hidden_R in zip(places, hiddens_R, strict=True):
-            result = self._with_update(result, x, hidden_R, *place)
+        return self._after_base(result, x, hiddens_R)
+
+    @never_traced
+    def _before_base(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        # The x that the base layer takes, and every active adapter's x V.
+        inner_x, hiddens_R = x, []
+        for vectors, index in self._places():
+            inner_x, hidden_R = self._hidden(inner_x, vectors, index)
+            hiddens_R.append(hidden_R)
+        return inner_x, hiddens_R
+
+    @never_traced
+    def _after_base(self, result: torch.Tensor, x: torch.Tensor, hiddens_R: list[torch.Tensor]) -> torch.Tensor:
+        for (vectors, index), hidden_R in zip(self._places(), hiddens_R, strict=True):
+            result = self._with_update(result, x, hidden_R, vectors, index)
         return result
+
+    def _places(self) -> list[tuple[Vectors, int]]:
+        return [place for place in map(self.place, self.active_adapters) if place is not None]
 
     def _hidden(self, x: torch.Tensor, vectors: Vectors, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         factors, mixing_RR = self.factors_of(vectors.plan), vectors.current_mixing(index)
         if not (torch.is_grad_enabled() and x.requires_grad):
             return x, to_hidden(x, factors[1])
         trained = vectors if vectors.values_GK.requires_grad else None
-        adds_up = self._is_large(factors)
+        adds_up = is_large(*factors)
         inner_x, hidden_R = HiddenStep.apply(x, factors[1], mixing_RR, trained, index, adds_up, self._is_alone())
         return inner_x if adds_up else x, hidden_R
 
@@ -177,13 +190,9 @@ class Linear(nn.Module, TinyLoraLayer):
         factors, mixing_RR = self.factors_of(vectors.plan), vectors.current_mixing(index)
         if not hidden_R.requires_grad:
             return add_update(result, hidden_R, factors[0], mixing_RR, self._is_alone())
-        # What gives x its gradient there does not do so here.
-        x = None if self._is_large(factors) else x
-        return UpdateStep.apply(result, hidden_R, factors, mixing_RR, self._is_alone(), x)
-
-    @staticmethod
-    def _is_large(factors: tuple[torch.Tensor, torch.Tensor]) -> bool:
-        return max(len(factors[0]), factors[1].shape[1]) >= LARGE
+        # In a large module the hidden step gives x its gradient.
+        of_x = None if is_large(*factors) else x
+        return UpdateStep.apply(result, hidden_R, factors, mixing_RR, self._is_alone(), of_x)
 
     def _is_alone(self) -> bool:
         # What a hook was given it may have kept, and other layers may return what they keep themselves.
