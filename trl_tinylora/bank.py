@@ -381,26 +381,25 @@ class HiddenStep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, right_RI, mixing_RR, vectors, index, adds_up, may_overwrite):
-        hidden_R = to_hidden(x, right_RI)
-        ctx.save_for_backward(hidden_R)
+        hidden_TR = to_hidden(x, right_RI)
+        ctx.save_for_backward(hidden_TR)
         # The layer's own, and nothing that depends on tokens.
         ctx.right_RI, ctx.mixing_RR, ctx.vectors, ctx.index = right_RI, mixing_RR, vectors, index
         ctx.adds_up, ctx.may_overwrite = adds_up, may_overwrite
         ctx.set_materialize_grads(False)
-        return x, hidden_R
+        return x, hidden_TR
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_x, grad_mixed_R):
-        if grad_mixed_R is not None:
-            (hidden_R,) = ctx.saved_tensors
-            with without_autocast(hidden_R):
+    def backward(ctx, grad_x, grad_mixed_TR):
+        if grad_mixed_TR is not None:
+            (hidden_TR,) = ctx.saved_tensors
+            with without_autocast(hidden_TR):
                 if ctx.vectors is not None:
-                    hidden_TR = _flat(hidden_R).to(grad_mixed_R.dtype)
-                    ctx.vectors.deposit(ctx.index, _flat(grad_mixed_R).mT @ hidden_TR)
+                    ctx.vectors.deposit(ctx.index, grad_mixed_TR.mT @ hidden_TR.to(grad_mixed_TR.dtype))
                 if ctx.adds_up:
-                    grad_hidden_R, right_RI = _back_to_x(grad_mixed_R, ctx.mixing_RR, ctx.right_RI, hidden_R.dtype)
-                    grad_x = _add_product(grad_x, grad_hidden_R, right_RI, ctx.may_overwrite)
+                    factors_of_grad = _back_to_x(grad_mixed_TR, ctx.mixing_RR, ctx.right_RI, hidden_TR.dtype)
+                    grad_x = _add_product(grad_x, *factors_of_grad, ctx.may_overwrite)
         return grad_x, None, None, None, None, None, None
 
 
@@ -408,11 +407,12 @@ class UpdateStep(torch.autograd.Function):
     """`result + x V R^T (U S)^T` for one module, in as few passes over tensors of its width as can be; keeps none."""
 
     @staticmethod
-    def forward(ctx, result, hidden_R, factors, mixing_RR, may_overwrite, x):
-        updated = add_update(result, hidden_R, factors[0], mixing_RR, may_overwrite)
+    def forward(ctx, result, hidden_TR, factors, mixing_RR, may_overwrite, x):
+        updated = add_update(result, hidden_TR, factors[0], mixing_RR, may_overwrite)
         if updated is result:
             ctx.mark_dirty(result)
-        ctx.factors, ctx.mixing_RR, ctx.like = factors, mixing_RR, (hidden_R.device, hidden_R.dtype)
+        ctx.factors, ctx.mixing_RR, ctx.like = factors, mixing_RR, (hidden_TR.device, hidden_TR.dtype)
+        ctx.x_shape = None if x is None else x.shape
         return updated
 
     @staticmethod
@@ -422,12 +422,12 @@ class UpdateStep(torch.autograd.Function):
         device, dtype = ctx.like
         grad_x = None
         with without_autocast(grad):
-            grad_mixed_R = _through_left(grad.to(device, dtype), left_OR.to(device, dtype))
-            grad_mixed_R = grad_mixed_R.to(torch.promote_types(dtype, ctx.mixing_RR.dtype))
-            if ctx.needs_input_grad[-1]:
-                grad_hidden_R, right_RI = _back_to_x(grad_mixed_R, ctx.mixing_RR, right_RI, dtype)
-                grad_x = grad_hidden_R @ right_RI
-        return grad, grad_mixed_R, None, None, None, grad_x
+            grad_mixed_TR = _through_left(_flat(grad).to(device, dtype), left_OR.to(device, dtype))
+            grad_mixed_TR = grad_mixed_TR.to(torch.promote_types(dtype, ctx.mixing_RR.dtype))
+            if ctx.x_shape is not None:
+                grad_hidden_TR, right_RI = _back_to_x(grad_mixed_TR, ctx.mixing_RR, right_RI, dtype)
+                grad_x = (grad_hidden_TR @ right_RI).view(ctx.x_shape)
+        return grad, grad_mixed_TR, None, None, None, grad_x
 
 
 def to_hidden(x: torch.Tensor, right_RI: torch.Tensor) -> torch.Tensor:
@@ -439,22 +439,22 @@ def to_hidden(x: torch.Tensor, right_RI: torch.Tensor) -> torch.Tensor:
         right_RI (`torch.Tensor`): V^T, shape `(r, in_features)`.
 
     Returns:
-        `torch.Tensor` of shape `(..., r)`, dtype and device of `x`.
+        `torch.Tensor` of shape `(tokens, r)`, dtype and device of `x`.
     """
     # Only the r x r step is worth float32; the large products run in the activations' own dtype.
     with without_autocast(x):
-        return F.linear(x, right_RI.to(x.device, x.dtype))
+        return F.linear(_flat(x), right_RI.to(x.device, x.dtype))
 
 
 def add_update(
-    result: torch.Tensor, hidden_R: torch.Tensor, left_OR: torch.Tensor, mixing_RR: torch.Tensor, may_overwrite: bool
+    result: torch.Tensor, hidden_TR: torch.Tensor, left_OR: torch.Tensor, mixing_RR: torch.Tensor, may_overwrite: bool
 ) -> torch.Tensor:
     """
     Returns `result + x V R^T (U S)^T`.
 
     Args:
         result (`torch.Tensor`): The base layer's output, shape `(..., out_features)`.
-        hidden_R (`torch.Tensor`): x V, shape `(..., r)`.
+        hidden_TR (`torch.Tensor`): x V, shape `(tokens, r)`.
         left_OR (`torch.Tensor`): U S, shape `(out_features, r)`.
         mixing_RR (`torch.Tensor`): R, shape `(r, r)`, dtype float32 or wider.
         may_overwrite (`bool`): Whether nobody else has the result, so that it may be changed in place.
@@ -462,27 +462,28 @@ def add_update(
     Returns:
         `torch.Tensor` of the result's shape and dtype; the result itself where it was changed in place.
     """
-    left_OR = left_OR.to(hidden_R.device, hidden_R.dtype)
-    with without_autocast(hidden_R):
-        mixing_RR = mixing_RR.to(hidden_R.device, torch.promote_types(hidden_R.dtype, mixing_RR.dtype))
-        mixed_R = (hidden_R.to(mixing_RR.dtype) @ mixing_RR.mT).to(hidden_R.dtype)
-        if result.dtype != mixed_R.dtype:
-            return result + F.linear(mixed_R, left_OR).to(result.dtype)
+    device, dtype = hidden_TR.device, hidden_TR.dtype
+    left_OR = left_OR.to(device, dtype)
+    with without_autocast(hidden_TR):
+        mixing_RR = mixing_RR.to(device, torch.promote_types(dtype, mixing_RR.dtype))
+        mixed_TR = (hidden_TR.to(mixing_RR.dtype) @ mixing_RR.mT).to(dtype)
+        if result.dtype != dtype:
+            return result + F.linear(mixed_TR, left_OR).to(result.dtype).view(result.shape)
         # In place on a view, autograd would copy the gradient of what it views, twice.
-        return _add_product(result, mixed_R, left_OR.mT, may_overwrite and not result._is_view())
+        return _add_product(result, mixed_TR, left_OR.mT, may_overwrite and not result._is_view())
 
 
-def _add_product(total: torch.Tensor, thin_R: torch.Tensor, wide_RD: torch.Tensor, may_overwrite: bool) -> torch.Tensor:
+def _add_product(total: torch.Tensor, thin_TR: torch.Tensor, wide_RD: torch.Tensor, may_overwrite: bool):
     if may_overwrite and total.is_contiguous():
-        _flat(total).addmm_(_flat(thin_R), wide_RD)
+        _flat(total).addmm_(thin_TR, wide_RD)
         return total
-    return torch.addmm(_flat(total), _flat(thin_R), wide_RD).view(total.shape)
+    return torch.addmm(_flat(total), thin_TR, wide_RD).view(total.shape)
 
 
-def _back_to_x(grad_mixed_R, mixing_RR, right_RI, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _back_to_x(grad_mixed_TR, mixing_RR, right_RI, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     # The gradient of x is the product of the two.
-    grad_hidden_R = grad_mixed_R @ mixing_RR.to(grad_mixed_R.device, grad_mixed_R.dtype)
-    return grad_hidden_R.to(dtype), right_RI.to(grad_mixed_R.device, dtype)
+    grad_hidden_TR = grad_mixed_TR @ mixing_RR.to(grad_mixed_TR.device, grad_mixed_TR.dtype)
+    return grad_hidden_TR.to(dtype), right_RI.to(grad_mixed_TR.device, dtype)
 
 
 def without_autocast(like: torch.Tensor) -> AbstractContextManager:
@@ -517,11 +518,11 @@ def is_large(left_OR: torch.Tensor, right_RI: torch.Tensor) -> bool:
     return max(left_OR.shape[0], right_RI.shape[1]) >= LARGE
 
 
-def _through_left(grad: torch.Tensor, left_OR: torch.Tensor) -> torch.Tensor:
+def _through_left(grad_TO: torch.Tensor, left_OR: torch.Tensor) -> torch.Tensor:
     # On a CPU the product with U S as it lies in memory takes three times as long.
-    if grad.device.type == "cpu" and len(left_OR) >= LARGE:
-        return F.linear(grad, left_OR.T.contiguous())
-    return grad @ left_OR
+    if grad_TO.device.type == "cpu" and len(left_OR) >= LARGE:
+        return F.linear(grad_TO, left_OR.T.contiguous())
+    return grad_TO @ left_OR
 
 
 class Rows:

@@ -153,46 +153,41 @@ class Linear(nn.Module, TinyLoraLayer):
             for plan, mixing_BRR in rows.of(self.name, x).items():
                 result = result + self._update_of_rows(x, plan, mixing_BRR).to(result.dtype)
             return result
-        inner_x, hiddens_R = self._before_base(x)
-        result = self.base_layer(inner_x, *args, **kwargs)
-        return self._after_base(result, x, hiddens_R)
+        inner_x, updates = self._before_base(x)
+        return self._after_base(self.base_layer(inner_x, *args, **kwargs), updates)
 
     @never_traced
-    def _before_base(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        # The x that the base layer takes, and every active adapter's x V.
-        inner_x, hiddens_R = x, []
-        for vectors, index in self._places():
-            inner_x, hidden_R = self._hidden(inner_x, vectors, index)
-            hiddens_R.append(hidden_R)
-        return inner_x, hiddens_R
+    def _before_base(self, x: torch.Tensor) -> tuple[torch.Tensor, list[tuple]]:
+        # The x for the base layer, and for each active adapter what its update is made of.
+        may_overwrite, has_graph = self._is_alone(), torch.is_grad_enabled() and x.requires_grad
+        inner_x, updates = x, []
+        for adapter_name in self.active_adapters:
+            place = self.place(adapter_name)
+            if place is None:
+                continue
+            vectors, index = place
+            factors, mixing_RR = self.factors_of(vectors.plan), vectors.current_mixing(index)
+            if not has_graph:
+                updates.append((to_hidden(x, factors[1]), factors, mixing_RR, may_overwrite, None))
+                continue
+            adds_up = is_large(*factors)
+            trained = vectors if vectors.values_GK.requires_grad else None
+            through_x, hidden_TR = HiddenStep.apply(
+                inner_x, factors[1], mixing_RR, trained, index, adds_up, may_overwrite
+            )
+            # What gives x the adapter's part of its gradient: in a large module the hidden step, else the update step.
+            inner_x, of_x = (through_x, None) if adds_up else (inner_x, x)
+            updates.append((hidden_TR, factors, mixing_RR, may_overwrite, of_x))
+        return inner_x, updates
 
     @never_traced
-    def _after_base(self, result: torch.Tensor, x: torch.Tensor, hiddens_R: list[torch.Tensor]) -> torch.Tensor:
-        for (vectors, index), hidden_R in zip(self._places(), hiddens_R, strict=True):
-            result = self._with_update(result, x, hidden_R, vectors, index)
+    def _after_base(self, result: torch.Tensor, updates: list[tuple]) -> torch.Tensor:
+        for hidden_TR, factors, mixing_RR, may_overwrite, of_x in updates:
+            if hidden_TR.requires_grad:
+                result = UpdateStep.apply(result, hidden_TR, factors, mixing_RR, may_overwrite, of_x)
+            else:
+                result = add_update(result, hidden_TR, factors[0], mixing_RR, may_overwrite)
         return result
-
-    def _places(self) -> list[tuple[Vectors, int]]:
-        return [place for place in map(self.place, self.active_adapters) if place is not None]
-
-    def _hidden(self, x: torch.Tensor, vectors: Vectors, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        factors, mixing_RR = self.factors_of(vectors.plan), vectors.current_mixing(index)
-        if not (torch.is_grad_enabled() and x.requires_grad):
-            return x, to_hidden(x, factors[1])
-        trained = vectors if vectors.values_GK.requires_grad else None
-        adds_up = is_large(*factors)
-        inner_x, hidden_R = HiddenStep.apply(x, factors[1], mixing_RR, trained, index, adds_up, self._is_alone())
-        return inner_x if adds_up else x, hidden_R
-
-    def _with_update(
-        self, result: torch.Tensor, x: torch.Tensor, hidden_R: torch.Tensor, vectors: Vectors, index: int
-    ) -> torch.Tensor:
-        factors, mixing_RR = self.factors_of(vectors.plan), vectors.current_mixing(index)
-        if not hidden_R.requires_grad:
-            return add_update(result, hidden_R, factors[0], mixing_RR, self._is_alone())
-        # In a large module the hidden step gives x its gradient.
-        of_x = None if is_large(*factors) else x
-        return UpdateStep.apply(result, hidden_R, factors, mixing_RR, self._is_alone(), of_x)
 
     def _is_alone(self) -> bool:
         # What a hook was given it may have kept, and other layers may return what they keep themselves.
