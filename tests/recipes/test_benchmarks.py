@@ -23,7 +23,7 @@ from report import replace_section
 ROOT = Path(__file__).parents[2]
 SMALL = {
     build: "--hidden 280 --intermediate 320 --key_values 270 --layers 1 --angles 270",
-    merge: "--size 64 --repeats 1 --cycles 2 --our_cycles 2",
+    merge: "--size 64 --values 0.01 0.1 --repeats 1 --drift_size 16 --cycles 20 --our_cycles 20",
     growth: "--hidden 64 --layers 1 --tokens 8 --repeats 1 --sizes_layers 1 2 3 --sizes_rank 1 2 4 --sizes_u 1 2 4 "
     "--sizes_adapters 1 2 4 --sizes_tokens 4 8 16",
     fidelity: "--rows 64 --columns 48 --weights 1 --entries 256 --repeats 1 --texts 2",
@@ -65,6 +65,11 @@ def test_one_more_adapter_is_weighed_in_both_libraries(measured):
     assert ours["tensor_bytes"] == 7 * 4 < theirs["tensor_bytes"]
     assert found["mixed_batch"]["largest_difference_from_alone"] < 1e-5
     assert found["mixed_batch"]["smallest_effect_of_an_adapter"] > 1e-3
+
+
+def test_pefts_merges_drift_and_ours_do_not(measured):
+    drift = measured(merge)[0]["details"]["drift"]["0.1"]
+    assert drift["keep"] == drift["sparse"] == 0 < drift["LoRA"]
 
 
 def test_growth_is_fitted_in_the_larger_half_of_the_sizes():

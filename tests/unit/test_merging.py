@@ -11,10 +11,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from benchmarks import harness
-from benchmarks.merge import make_parser, measure, measure_held, tensors_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from merge import measure_held, tensors_in
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -721,12 +720,3 @@ def test_the_banks_own_note_is_of_all_layers(tiny_qwen2):
     assert bank.merged_layers == {layer.name for layer in layers_of(model)} and len(bank.merged_layers) == 14
     model.unmerge_adapter()
     assert bank.merged_layers == set() and bank.merged_adapters == []
-
-
-def test_the_benchmark_runs_on_the_smallest_sizes(tmp_path, capsys):
-    sizes = "--size 16 --values 0.01 0.1 --repeats 1 --drift_size 16 --cycles 20 --our_cycles 20"
-    arguments = make_parser().parse_args([*sizes.split(), "--output", str(tmp_path / "merge.json")])
-    record = harness.run("merge", arguments, measure)
-    assert record["details"]["drift"][0.1]["keep"] == record["details"]["drift"][0.1]["sparse"] == 0
-    assert record["details"]["drift"][0.1]["LoRA"] > 0
-    assert len(record["rows"]) == 15 and "| merge and unmerge 16x16 bf16, sparse, v = 0.1 |" in capsys.readouterr().out
