@@ -11,7 +11,19 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .bank import MixingStep, Plan, TinyLoraBank, TinyLoraLayer, Vectors
+from .bank import (
+    HiddenStep,
+    Plan,
+    TinyLoraBank,
+    TinyLoraLayer,
+    UpdateStep,
+    Vectors,
+    add_update,
+    is_large,
+    never_traced,
+    to_hidden,
+    without_autocast,
+)
 from .distributed import is_partitioned
 from .merging import Kept, Listed, Update, refuse_not_finite, way_back
 
@@ -139,42 +151,61 @@ class Linear(nn.Module, TinyLoraLayer):
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
-        result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
-            return result
+            return self.base_layer(x, *args, **kwargs)
         rows = self._bank[0].rows
         if rows is not None:
+            result = self.base_layer(x, *args, **kwargs)
             for plan, mixing_BRR in rows.of(self.name, x).items():
-                result = result + self._between_factors(x, plan, mixing_BRR, _mix_each_row).to(result.dtype)
+                result = result + self._update_of_rows(x, plan, mixing_BRR).to(result.dtype)
             return result
+        inner_x, updates = self._before_base(x)
+        return self._after_base(self.base_layer(inner_x, *args, **kwargs), updates)
+
+    @never_traced
+    def _before_base(self, x: torch.Tensor) -> tuple[torch.Tensor, list[tuple]]:
+        # The x for the base layer, and for each active adapter what its update is made of.
+        may_overwrite, has_graph = self._is_alone(), torch.is_grad_enabled() and x.requires_grad
+        inner_x, updates = x, []
         for adapter_name in self.active_adapters:
-            if self.place(adapter_name) is not None:
-                result = result + self._update(x, adapter_name).to(result.dtype)
+            place = self.place(adapter_name)
+            if place is None:
+                continue
+            vectors, index = place
+            factors, mixing_RR = self.factors_of(vectors.plan), vectors.current_mixing(index)
+            if not has_graph:
+                updates.append((to_hidden(x, factors[1]), factors, mixing_RR, may_overwrite, None))
+                continue
+            adds_up = is_large(*factors)
+            trained = vectors if vectors.values_GK.requires_grad else None
+            through_x, hidden_TR = HiddenStep.apply(
+                inner_x, factors[1], mixing_RR, trained, index, adds_up, may_overwrite
+            )
+            # What gives x the adapter's part of its gradient: in a large module the hidden step, else the update step.
+            inner_x, of_x = (through_x, None) if adds_up else (inner_x, x)
+            updates.append((hidden_TR, factors, mixing_RR, may_overwrite, of_x))
+        return inner_x, updates
+
+    @never_traced
+    def _after_base(self, result: torch.Tensor, updates: list[tuple]) -> torch.Tensor:
+        for hidden_TR, factors, mixing_RR, may_overwrite, of_x in updates:
+            if hidden_TR.requires_grad:
+                result = UpdateStep.apply(result, hidden_TR, factors, mixing_RR, may_overwrite, of_x)
+            else:
+                result = add_update(result, hidden_TR, factors[0], mixing_RR, may_overwrite)
         return result
 
-    def _update(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        vectors, index = self.place(adapter_name)
+    def _is_alone(self) -> bool:
+        # What a hook was given it may have kept, and other layers may return what they keep themselves.
+        base = self.base_layer
+        return type(base) is nn.Linear and not base._forward_hooks and not base._forward_pre_hooks
 
-        def step(hidden_R: torch.Tensor, mixing_RR: torch.Tensor) -> torch.Tensor:
-            if torch.is_grad_enabled() and vectors.values_GK.requires_grad:
-                return MixingStep.apply(hidden_R, mixing_RR, vectors, index)
-            return F.linear(hidden_R, mixing_RR)
-
-        return self._between_factors(x, vectors.plan, vectors.current_mixing(index), step)
-
-    def _between_factors(
-        self,
-        x: torch.Tensor,
-        plan: Plan,
-        mixing: torch.Tensor,
-        step: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    ) -> torch.Tensor:
-        left_OR, right_RI = self.factors_of(plan)
-        # Only the r x r step is worth float32; the large products run in the activations' own dtype.
-        with torch.autocast(x.device.type, enabled=False):
-            hidden_R = F.linear(x, right_RI.to(x.device, x.dtype)).to(torch.promote_types(x.dtype, mixing.dtype))
-            mixed_R = step(hidden_R, mixing.to(x.device, hidden_R.dtype))
-            return F.linear(mixed_R.to(x.dtype), left_OR.to(x.device, x.dtype))
+    def _update_of_rows(self, x: torch.Tensor, plan: Plan, mixing_BRR: torch.Tensor) -> torch.Tensor:
+        left_OR, right_RI = (factor.to(x.device, x.dtype) for factor in self.factors_of(plan))
+        with without_autocast(x):
+            hidden_R = F.linear(x, right_RI).to(torch.promote_types(x.dtype, mixing_BRR.dtype))
+            mixed_R = _mix_each_row(hidden_R, mixing_BRR.to(x.device, hidden_R.dtype))
+            return F.linear(mixed_R.to(x.dtype), left_OR)
 
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:

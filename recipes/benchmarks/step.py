@@ -1,0 +1,319 @@
+"""
+What an adapter adds to a training step: forward and backward pass of a few Qwen2 blocks over frozen weights.
+
+    python recipes/benchmarks/step.py                             # prints the table and writes results/step.json
+
+The same pass runs in turns over the frozen base, ours, PEFT's own TinyLoRA and plain LoRA of rank 1, on copies of one
+model. The base's backward pass goes to its inputs, as an adapter's has to. What an adapter adds is its time minus the
+base's in the same round; the ratio of two such differences is what counts. Of bytes, those that autograd keeps for the
+backward pass beyond the base's, and the peak beyond it.
+
+On a CPU Qwen2.5-0.5B's layer shapes by default, on a GPU Qwen2.5-7B's and 4096 tokens. CPU, about ten minutes.
+"""
+
+import argparse
+import copy
+import statistics
+import warnings
+from collections.abc import Callable
+
+import peft
+import torch
+from harness import Row, in_turns, parser_of, peak_bytes, ratio_of, run
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import Qwen2Config, Qwen2Model
+
+from trl_tinylora import TinyLoraConfig
+
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+RANK = 2
+OURS, PEFTS, LORA = "trl_tinylora", "PEFT's TinyLoRA", "LoRA r=1"
+MODES = {"none": None, "non-reentrant": False, "reentrant": True}
+# On a GPU with layers of 7B shapes, what an adapter may add to the time of the frozen base.
+GPU_BOUND = 0.05
+
+
+def make_models(arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """
+    The frozen base and its adapted copies, with drawn values.
+
+    Args:
+        arguments (`argparse.Namespace`): The sizes.
+        dtype (`torch.dtype`): Of the base; each library chooses its adapters' own.
+    Returns:
+        `dict[str, torch.nn.Module]`: By name; `"base"` is the first.
+    """
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=8,
+        hidden_size=arguments.hidden,
+        intermediate_size=arguments.intermediate,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=arguments.hidden // arguments.head,
+        num_key_value_heads=arguments.key_values // arguments.head,
+        max_position_embeddings=arguments.tokens,
+        use_cache=False,
+    )
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        base = Qwen2Model(config).requires_grad_(False).to(dtype)
+    configs = {
+        OURS: TinyLoraConfig(r=RANK, target_modules=TARGETS),
+        PEFTS: peft.TinyLoraConfig(r=RANK, u=1, weight_tying=0.0, target_modules=TARGETS),
+        LORA: peft.LoraConfig(r=1, target_modules=TARGETS),
+    }
+    models = {"base": base}
+    for name, config in configs.items():
+        models[name] = peft.get_peft_model(copy.deepcopy(base), config)
+        with torch.no_grad():
+            for parameter in models[name].parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(std=0.01)
+    return models
+
+
+def set_checkpointing(model: nn.Module, use_reentrant: bool | None) -> None:
+    """
+    Turns gradient checkpointing on or off.
+
+    Args:
+        model (`torch.nn.Module`): The base, or an adapted one.
+        use_reentrant (`bool` or `None`): Which kind; `None` turns it off.
+    """
+    model.train()
+    base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    if use_reentrant is None:
+        base.gradient_checkpointing_disable()
+    else:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+
+
+def step_of(model: nn.Module, inputs: torch.Tensor, grad: torch.Tensor) -> Callable[[], None]:
+    """
+    A forward and a backward pass that leaves nothing behind.
+
+    Args:
+        model (`torch.nn.Module`): The base, or an adapted one.
+        inputs (`torch.Tensor`): Embedded tokens, shape `(1, tokens, hidden)`.
+        grad (`torch.Tensor`): Gradient of the last hidden states, of the same shape.
+    Returns:
+        `Callable`: Takes no arguments.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def step() -> None:
+        embedded = inputs.detach().requires_grad_()
+        model(inputs_embeds=embedded).last_hidden_state.backward(grad)
+        for parameter in trained:
+            parameter.grad = None
+
+    return step
+
+
+def saved_bytes(model: nn.Module, inputs: torch.Tensor) -> int:
+    """
+    Bytes that autograd keeps between forward and backward pass, each storage once, the model's own tensors left out.
+
+    Args:
+        model (`torch.nn.Module`): The base, or an adapted one.
+        inputs (`torch.Tensor`): Embedded tokens, shape `(1, tokens, hidden)`.
+    Returns:
+        `int`
+    """
+    own = {tensor.untyped_storage().data_ptr() for tensor in lasting_tensors(model)}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        # The result holds the graph, and so every storage that was counted: none is freed and counted again.
+        output = model(inputs_embeds=inputs.detach().requires_grad_()).last_hidden_state
+    del output
+    return sum(kept.values())
+
+
+def lasting_tensors(model: nn.Module) -> list[torch.Tensor]:
+    """
+    A model's parameters and buffers, and the frozen factors that our layers keep beside them.
+
+    Args:
+        model (`torch.nn.Module`): Any model.
+    Returns:
+        `list[torch.Tensor]`
+    """
+    factors = [module.factors(RANK) for module in model.modules() if hasattr(module, "factors")]
+    return [*model.parameters(), *model.buffers(), *(factor for pair in factors for factor in pair)]
+
+
+def overheads(models: dict[str, nn.Module], inputs: torch.Tensor, repeats: int) -> dict[str, list[float]]:
+    """
+    Seconds that each adapter adds to the frozen base's, round by round.
+
+    Args:
+        models (`dict[str, torch.nn.Module]`): As [`make_models`] returns them.
+        inputs (`torch.Tensor`): Embedded tokens, shape `(1, tokens, hidden)`.
+        repeats (`int`): Number of rounds.
+    Returns:
+        `dict[str, list[float]]`: By name; under `"base"` the base's own seconds.
+    """
+    grad = torch.randn_like(inputs)
+    times = in_turns({name: step_of(model, inputs, grad) for name, model in models.items()}, repeats, warmup=2)
+    added = {
+        name: [time - base for time, base in zip(seconds, times["base"], strict=True)]
+        for name, seconds in times.items()
+        if name != "base"
+    }
+    return {"base": times["base"]} | added
+
+
+def time_rows(added: dict[str, list[float]], setting: str, on_gpu: bool) -> list[Row]:
+    """
+    What [`overheads`] found, as lines of the table.
+
+    Args:
+        added (`dict[str, list[float]]`): Its result.
+        setting (`str`): Sizes, dtype and kind of checkpointing, in words.
+        on_gpu (`bool`): Whether the bound is that of a GPU.
+    Returns:
+        `list[Row]`
+    """
+    ours = statistics.median(added[OURS])
+    if on_gpu:
+        ratio, spread = ratio_of(added[OURS], added["base"])
+        base = statistics.median(added["base"])
+        return [
+            Row(
+                claim=f"step, {setting}: time added to the frozen base's",
+                ours=ours,
+                theirs=base,
+                whose="frozen base",
+                unit="s",
+                ratio=ratio,
+                spread=spread,
+                bound="at most 0.05",
+                holds=ratio <= GPU_BOUND,
+            )
+        ]
+    rows = []
+    for whose, bound, words in ((PEFTS, 0.5, "at most 0.5"), (LORA, 1.0, "at most 1")):
+        ratio, spread = ratio_of(added[OURS], added[whose])
+        rows.append(
+            Row(
+                claim=f"step, {setting}: time added to the frozen base's",
+                ours=ours,
+                theirs=statistics.median(added[whose]),
+                whose=whose,
+                unit="s",
+                ratio=ratio,
+                spread=spread,
+                bound=words,
+                holds=ratio <= bound,
+            )
+        )
+    return rows
+
+
+def byte_rows(models: dict[str, nn.Module], inputs: torch.Tensor, setting: str) -> tuple[list[Row], dict]:
+    """
+    What each adapter keeps for its backward pass, and the peaks, as lines of the table.
+
+    Args:
+        models (`dict[str, torch.nn.Module]`): As [`make_models`] returns them.
+        inputs (`torch.Tensor`): Embedded tokens, shape `(1, tokens, hidden)`.
+        setting (`str`): Sizes, dtype and kind of checkpointing, in words.
+    Returns:
+        `tuple[list[Row], dict]`: The rows, and the bytes by model.
+    """
+    grad = torch.randn_like(inputs)
+    saved = {name: saved_bytes(model, inputs) for name, model in models.items()}
+    peaks = {name: peak_bytes(step_of(model, inputs, grad)) for name, model in models.items()}
+    rows = []
+    for what, found in (("bytes kept for the backward pass", saved), ("peak bytes", peaks)):
+        ours, theirs = (found[name] - found["base"] for name in (OURS, LORA))
+        ratio = ours / theirs if theirs else None
+        rows.append(
+            Row(
+                claim=f"step, {setting}: {what} beyond the frozen base's",
+                ours=ours,
+                theirs=theirs,
+                whose=LORA,
+                unit="bytes",
+                ratio=ratio,
+                spread=[ratio, ratio] if theirs else [],
+                bound="at most 1",
+                holds=ours <= theirs,
+            )
+        )
+    modules = len(TARGETS) * models["base"].config.num_hidden_layers
+    # The r x r step is float32 at least.
+    rank_r = modules * inputs.shape[1] * RANK * 4
+    kept = saved[OURS] - saved["base"]
+    rows.append(
+        Row(
+            claim=f"step, {setting}: bytes kept, against one rank-{RANK} activation a module",
+            ours=kept,
+            theirs=rank_r,
+            whose="tokens x r x 4 bytes x modules",
+            unit="bytes",
+            ratio=kept / rank_r,
+            spread=[kept / rank_r] * 2,
+            bound="at most 1",
+            holds=kept <= rank_r,
+        )
+    )
+    return rows, {"saved_bytes": saved, "peak_bytes": peaks}
+
+
+def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict]:
+    """
+    Runs all measurements.
+
+    Args:
+        arguments (`argparse.Namespace`): The command line's.
+    Returns:
+        `tuple[list[Row], dict]`
+    """
+    # PEFT and transformers tell of renamed arguments and experimental parts, not of anything measured here.
+    warnings.simplefilter("ignore")
+    on_gpu = torch.cuda.is_available()
+    rows, details = [], {}
+    for dtype_name in arguments.dtypes:
+        dtype = getattr(torch, dtype_name)
+        models = make_models(arguments, dtype)
+        inputs = torch.randn(1, arguments.tokens, arguments.hidden, dtype=dtype, device=models["base"].device)
+        for mode, use_reentrant in MODES.items():
+            for model in models.values():
+                set_checkpointing(model, use_reentrant)
+            setting = f"{dtype_name}, {arguments.tokens} tokens, checkpointing: {mode}"
+            added = overheads(models, inputs, arguments.repeats)
+            rows += time_rows(added, setting, on_gpu)
+            details[f"{dtype_name}, {mode}"] = {"seconds_added": added}
+            if use_reentrant is None:
+                found, by_model = byte_rows(models, inputs, setting)
+                rows += found
+                details[f"{dtype_name}, {mode}"] |= by_model
+    return rows, details
+
+
+def main() -> None:
+    """Measures, prints, writes."""
+    on_gpu = torch.cuda.is_available()
+    parser = parser_of(__doc__, "step")
+    parser.add_argument("--hidden", type=int, default=3584 if on_gpu else 896, help="hidden size")
+    parser.add_argument("--key_values", type=int, default=512 if on_gpu else 128, help="width of keys and of values")
+    parser.add_argument("--head", type=int, default=128 if on_gpu else 64, help="width of an attention head")
+    parser.add_argument("--intermediate", type=int, default=18944 if on_gpu else 4864, help="width of the MLP")
+    parser.add_argument("--layers", type=int, default=1 if on_gpu else 4, help="number of blocks")
+    parser.add_argument("--tokens", type=int, default=4096 if on_gpu else 256, help="tokens of the one row")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="dtypes of the base")
+    parser.add_argument("--repeats", type=int, default=15, help="rounds, each of every model once")
+    run("step", parser.parse_args(), measure)
+
+
+if __name__ == "__main__":
+    main()
