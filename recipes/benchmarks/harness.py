@@ -41,7 +41,8 @@ class Row:
         whose (`str`): Who the other one is.
         unit (`str`): `"s"`, `"bytes"` or `""`.
         ratio (`float` or `None`): What the bound is about: theirs over ours, or ours over theirs, as `bound` says.
-        spread (`list[float]`): Smallest and largest ratio of the pairs; empty where it is of no times.
+        spread (`list[float]`): Smallest and largest ratio of the pairs, or a 95% interval; empty where it is of no
+            times.
         bound (`str`): What is asked of the figure, in words; empty where nothing is.
         holds (`bool` or `None`): Whether that holds.
     """

@@ -15,6 +15,7 @@ import imports
 import many_adapters
 import merge
 import pytest
+import step
 import torch
 import toy_profile
 from report import replace_section
@@ -27,6 +28,7 @@ SMALL = {
     growth: "--hidden 64 --layers 1 --tokens 8 --repeats 1 --sizes_layers 1 2 3 --sizes_rank 1 2 4 --sizes_u 1 2 4 "
     "--sizes_adapters 1 2 4 --sizes_tokens 4 8 16",
     fidelity: "--rows 64 --columns 48 --weights 1 --entries 256 --repeats 1 --texts 2",
+    step: "--hidden 64 --key_values 16 --head 16 --intermediate 96 --layers 1 --tokens 8 --repeats 2",
     imports: "--repeats 1",
     toy_profile: "--rl_steps 1 --sft_steps 1 --limit 2 --repeats 1",
     many_adapters: "--hidden 64 --layers 1 --adapters 2 --thousands 1 --rows 3 --tokens 4 --new_tokens 2 --repeats 2",
