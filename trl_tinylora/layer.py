@@ -11,21 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .bank import (
-    HiddenStep,
-    Plan,
-    TinyLoraBank,
-    TinyLoraLayer,
-    UpdateStep,
-    Vectors,
-    add_update,
-    is_large,
-    never_traced,
-    to_hidden,
-    without_autocast,
-)
+from .bank import Plan, TinyLoraBank, TinyLoraLayer, Vectors
 from .distributed import is_partitioned
 from .merging import Kept, Listed, Update, refuse_not_finite, way_back
+from .steps import HiddenStep, UpdateStep, add_update, is_large, never_traced, to_hidden, without_autocast
 
 
 class Linear(nn.Module, TinyLoraLayer):

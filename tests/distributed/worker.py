@@ -130,14 +130,21 @@ def make_trainer(case, base, rows, output_dir):
 def plain_autograd():
     """Control: the tied values used in every layer, gradients by autograd alone."""
 
-    def with_update(layer, result, x, hidden_R, vectors, index):
-        left_OR, right_RI = layer.factors(vectors.plan.rank)
-        one = slice(index, index + 1)
-        mixing_RR = mix(vectors.values_GK, vectors.plan.groups_M[one], vectors.plan.projections_MKRR[one])[0]
-        return result + x @ right_RI.mT @ mixing_RR.mT @ left_OR.mT
+    def before_base(layer, x):
+        places = (layer.place(name) for name in layer.active_adapters)
+        return x, [(x, *place) for place in places if place is not None]
+
+    def after_base(layer, result, updates):
+        for x, vectors, index in updates:
+            left_OR, right_RI = layer.factors(vectors.plan.rank)
+            one = slice(index, index + 1)
+            mixing_RR = mix(vectors.values_GK, vectors.plan.groups_M[one], vectors.plan.projections_MKRR[one])[0]
+            result = result + x @ right_RI.mT @ mixing_RR.mT @ left_OR.mT
+        return result
 
     stack = contextlib.ExitStack()
-    stack.enter_context(mock.patch.object(Linear, "_with_update", with_update))
+    stack.enter_context(mock.patch.object(Linear, "_before_base", before_base))
+    stack.enter_context(mock.patch.object(Linear, "_after_base", after_base))
     stack.enter_context(mock.patch.object(Vectors, "forward", lambda vectors, hidden: hidden))
     return stack
 

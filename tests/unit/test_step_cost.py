@@ -16,11 +16,12 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import trl_tinylora.bank
+import trl_tinylora.steps
 from trl_tinylora import TinyLoraConfig
-from trl_tinylora.bank import HiddenStep, TinyLoraBank, Vectors
+from trl_tinylora.bank import TinyLoraBank, Vectors
 from trl_tinylora.decomposition import mix
 from trl_tinylora.layer import Linear
+from trl_tinylora.steps import HiddenStep
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -37,13 +38,13 @@ CONFIGS = {
 @pytest.fixture(params=["small", "large"])
 def size(request, monkeypatch):
     """Modules as small as they are, and the same taken for large ones."""
-    monkeypatch.setattr(trl_tinylora.bank, "LARGE", {"small": 10**9, "large": 1}[request.param])
+    monkeypatch.setattr(trl_tinylora.steps, "LARGE", {"small": 10**9, "large": 1}[request.param])
     return request.param
 
 
 @pytest.fixture
 def large(monkeypatch):
-    monkeypatch.setattr(trl_tinylora.bank, "LARGE", 1)
+    monkeypatch.setattr(trl_tinylora.steps, "LARGE", 1)
 
 
 def adapted(base, kind="ours"):
@@ -223,7 +224,7 @@ def test_a_large_module_gets_no_further_tensor_of_its_width(tiny_llama, large, m
     assert wide_tensors(adapted(tiny_llama())) <= wide_tensors(frozen(tiny_llama())) + 1
 
     # Negative control: in small ones the gradient of each input is a tensor of its own.
-    monkeypatch.setattr(trl_tinylora.bank, "LARGE", 10**9)
+    monkeypatch.setattr(trl_tinylora.steps, "LARGE", 10**9)
     assert wide_tensors(adapted(tiny_llama())) >= wide_tensors(frozen(tiny_llama())) + 14
 
 
