@@ -9,7 +9,8 @@ base's in the same round; what counts is the ratio of the medians of two such di
 bootstrap of the rounds), in the worst of the kinds of checkpointing. Of bytes, those that autograd keeps for the
 backward pass beyond the base's, and the peak beyond it.
 
-On a CPU Qwen2.5-0.5B's layer shapes by default, on a GPU Qwen2.5-7B's and 4096 tokens. CPU, about ten minutes.
+One block: on a CPU of Qwen2.5-0.5B's shapes by default, on a GPU of Qwen2.5-7B's with 4096 tokens. About five minutes
+on one core of a quiet machine; beside other work its figures mean little.
 """
 
 import argparse
@@ -56,7 +57,7 @@ def make_models(arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, 
         num_hidden_layers=arguments.layers,
         num_attention_heads=arguments.hidden // arguments.head,
         num_key_value_heads=arguments.key_values // arguments.head,
-        max_position_embeddings=arguments.tokens,
+        max_position_embeddings=max(arguments.tokens),
         use_cache=False,
     )
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -291,16 +292,19 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict]:
     for dtype_name in arguments.dtypes:
         dtype = getattr(torch, dtype_name)
         models = make_models(arguments, dtype)
-        inputs = torch.randn(1, arguments.tokens, arguments.hidden, dtype=dtype, device=models["base"].device)
-        setting, added = f"{dtype_name}, {arguments.tokens} tokens", {}
-        for mode, use_reentrant in MODES.items():
-            for model in models.values():
-                set_checkpointing(model, use_reentrant)
-            added[mode] = overheads(models, inputs, arguments.repeats)
-            if use_reentrant is None:
-                found, by_model = byte_rows(models, inputs, setting)
-        rows += [time_row(added, setting, whose) for whose in (["base"] if on_gpu else [PEFTS, LORA])] + found
-        details[dtype_name] = {"seconds_added": added} | by_model
+        for tokens in arguments.tokens:
+            inputs = torch.randn(1, tokens, arguments.hidden, dtype=dtype, device=models["base"].device)
+            setting, added = f"{dtype_name}, {tokens} tokens", {}
+            for mode, use_reentrant in MODES.items():
+                for model in models.values():
+                    set_checkpointing(model, use_reentrant)
+                added[mode] = overheads(models, inputs, arguments.repeats)
+                if use_reentrant is None:
+                    found, by_model = byte_rows(models, inputs, setting)
+            rows += [time_row(added, setting, whose) for whose in (["base"] if on_gpu else [PEFTS, LORA])]
+            # Bytes are proportional to the tokens: one length says it.
+            rows += found if tokens == arguments.tokens[0] else []
+            details[setting] = {"seconds_added": added} | by_model
     return rows, details
 
 
@@ -312,10 +316,11 @@ def main() -> None:
     parser.add_argument("--key_values", type=int, default=512 if on_gpu else 128, help="width of keys and of values")
     parser.add_argument("--head", type=int, default=128 if on_gpu else 64, help="width of an attention head")
     parser.add_argument("--intermediate", type=int, default=18944 if on_gpu else 4864, help="width of the MLP")
-    parser.add_argument("--layers", type=int, default=1 if on_gpu else 4, help="number of blocks")
-    parser.add_argument("--tokens", type=int, default=4096 if on_gpu else 256, help="tokens of the one row")
+    parser.add_argument("--layers", type=int, default=1, help="number of blocks")
+    lengths = [4096] if on_gpu else [256, 1024]
+    parser.add_argument("--tokens", type=int, nargs="+", default=lengths, help="tokens of the one row; each in turn")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="dtypes of the base")
-    parser.add_argument("--repeats", type=int, default=15, help="rounds, each of every model once")
+    parser.add_argument("--repeats", type=int, default=11, help="rounds, each of every model once")
     run("step", parser.parse_args(), measure)
 
 
