@@ -20,13 +20,12 @@ from pathlib import Path
 import peft
 import torch
 from scipy.stats import linregress
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from figures import ARM_COLORS, DPI, FAINT
-from harness import Row, in_turns, parser_of, peak_bytes, run, tensor_bytes
+from harness import Row, in_turns, parser_of, peak_bytes, random_qwen2, run, tensor_bytes
 
 from trl_tinylora import TinyLoraConfig
 from trl_tinylora.files import written_whole
@@ -51,29 +50,6 @@ COSTS = {
 BOUND = 1.2
 
 
-def make_model(layers: int, arguments: argparse.Namespace) -> Qwen2ForCausalLM:
-    """
-    A Qwen2 with random weights from a fixed seed.
-
-    Args:
-        layers (`int`): Its layers.
-        arguments (`argparse.Namespace`): `hidden` gives its width.
-    Returns:
-        `Qwen2ForCausalLM`
-    """
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=512,
-        hidden_size=arguments.hidden,
-        intermediate_size=arguments.hidden * 11 // 4,
-        num_hidden_layers=layers,
-        num_attention_heads=arguments.hidden // 32,
-        num_key_value_heads=arguments.hidden // 64,
-        max_position_embeddings=16384,
-    )
-    return Qwen2ForCausalLM(config).to("cuda" if torch.cuda.is_available() else "cpu")
-
-
 class Case:
     """
     A model at one size of one axis.
@@ -89,7 +65,7 @@ class Case:
         self.rank = size if axis == "rank" else RANK_OF_U if axis == "u" else 2
         self.u = size if axis == "u" else 1
         self.pefts = pefts
-        base = make_model(size if axis == "layers" else arguments.layers, arguments)
+        base = random_qwen2(arguments.hidden, size if axis == "layers" else arguments.layers)
         before = tensor_bytes()
         self.model = peft.get_peft_model(base, self.config())
         for number in range(1, size if axis == "adapters" else 1):
@@ -97,7 +73,7 @@ class Case:
         self.kept = tensor_bytes() - before
         self.keys = sum("tinylora" in key for key in self.model.state_dict())
         length = size if axis == "tokens" else arguments.tokens
-        ids = torch.randint(3, 512, (1, length), generator=torch.Generator().manual_seed(1))
+        ids = torch.randint(3, 2048, (1, length), generator=torch.Generator().manual_seed(1))
         self.ids = ids.to(base.device)
 
     def config(self) -> peft.PeftConfig:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -157,6 +158,29 @@ def tensor_bytes() -> int:
     tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
     storages = [tensor.untyped_storage() for tensor in tensors if not tensor.is_meta]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def random_qwen2(hidden: int, layers: int) -> Qwen2ForCausalLM:
+    """
+    A small Qwen2 with random weights from a fixed seed, on the GPU where there is one.
+
+    Args:
+        hidden (`int`): Hidden size, a multiple of 64.
+        layers (`int`): Its layers, of seven linear modules each.
+    Returns:
+        `Qwen2ForCausalLM`
+    """
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=2048,
+        hidden_size=hidden,
+        intermediate_size=hidden * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 64,
+        tie_word_embeddings=True,
+    )
+    return Qwen2ForCausalLM(config).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def parser_of(document: str, name: str) -> argparse.ArgumentParser:

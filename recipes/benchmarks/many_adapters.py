@@ -17,39 +17,16 @@ from pathlib import Path
 
 import peft
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from harness import Row, in_turns, parser_of, ratio_of, run, seconds, tensor_bytes
+from harness import Row, in_turns, parser_of, random_qwen2, ratio_of, run, seconds, tensor_bytes
 
 from trl_tinylora import TinyLoraConfig
 
 
 RANK = 2
-
-
-def make_model(arguments: argparse.Namespace) -> Qwen2ForCausalLM:
-    """Returns a Qwen2 with random weights from a fixed seed.
-
-    Args:
-        arguments (`argparse.Namespace`): `hidden` and `layers` give its size.
-
-    Returns:
-        `Qwen2ForCausalLM`
-    """
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=2048,
-        hidden_size=arguments.hidden,
-        intermediate_size=arguments.hidden * 11 // 4,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=arguments.hidden // 32,
-        num_key_value_heads=arguments.hidden // 64,
-        tie_word_embeddings=True,
-    )
-    return Qwen2ForCausalLM(config).eval()
 
 
 def our_config() -> TinyLoraConfig:
@@ -73,7 +50,10 @@ def measure_adding(arguments: argparse.Namespace) -> dict:
         tensors and of Python objects per adapter, and the trained values of one.
     """
     configs = {"trl_tinylora": our_config, "peft": pefts_config}
-    models = {name: peft.get_peft_model(make_model(arguments), config()) for name, config in configs.items()}
+    models = {
+        name: peft.get_peft_model(random_qwen2(arguments.hidden, arguments.layers).eval(), config())
+        for name, config in configs.items()
+    }
     times: dict[str, list[float]] = {name: [] for name in configs}
     for index in range(arguments.adapters):
         for name, model in models.items():
@@ -106,7 +86,7 @@ def measure_adding_thousands(arguments: argparse.Namespace) -> dict:
     Returns:
         `dict`: Milliseconds per adapter in the first and in the last thousand, and milliseconds of a switch then.
     """
-    model = peft.get_peft_model(make_model(arguments), our_config())
+    model = peft.get_peft_model(random_qwen2(arguments.hidden, arguments.layers).eval(), our_config())
     per_thousand = []
     for thousand in range(arguments.thousands):
 
@@ -134,7 +114,7 @@ def measure_mixed_batch(arguments: argparse.Namespace) -> dict:
         `dict`: For a forward pass and for generation the median milliseconds of both and the median ratio of the
         throughputs; and the largest difference between a row and its adapter alone beside the largest logit.
     """
-    model = peft.get_peft_model(make_model(arguments), our_config())
+    model = peft.get_peft_model(random_qwen2(arguments.hidden, arguments.layers).eval(), our_config())
     names = [f"row{row}" for row in range(arguments.rows)]
     for seed, name in enumerate(names):
         model.add_adapter(name, our_config())
@@ -143,7 +123,7 @@ def measure_mixed_batch(arguments: argparse.Namespace) -> dict:
     model.set_adapter(names[0])
     model.eval()
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, 2048, (arguments.rows, arguments.tokens), generator=generator)
+    ids = torch.randint(3, 2048, (arguments.rows, arguments.tokens), generator=generator).to(model.device)
 
     mixed = model(input_ids=ids, adapter_names=names).logits
     largest_difference, smallest_effect = 0.0, float("inf")
