@@ -81,9 +81,9 @@ def main(
     trainer.save_model(training_args.output_dir)
     if peft_config is not None and trainer.accelerator.is_main_process:
         put_section(training_args.output_dir, "training", describe_training(trainer, script_args.dataset_name))
-    # The first process writes; the others wait, so that none is gone before it has.
+    trainer.accelerator.print(f"Saved to {training_args.output_dir}", flush=True)
+    # The first process writes; the others wait, for the launcher ends all as soon as one is gone in a bad way.
     trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.print(f"Saved to {training_args.output_dir}")
     return trainer
 
 
