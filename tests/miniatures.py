@@ -5,6 +5,7 @@ ChatML, whether embedding and head are tied, and how many query heads share a ke
 """
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -15,6 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 # Real problems, MIT licence: tests/data/README.md.
 GSM8K = Path(__file__).parent / "data" / "gsm8k_sample.jsonl"
+# Of the paper's experiments.
+RECIPES = Path(__file__).parents[1] / "recipes"
+FOLDERS = sorted(path for path in RECIPES.iterdir() if re.fullmatch(r".+-(gsm8k|math)", path.name))
 LAYERS = 2
 MODULES = 7 * LAYERS
 # The format of Llama 3's conversations, without its template's dates and tools.

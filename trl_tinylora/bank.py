@@ -241,8 +241,22 @@ class Vectors(nn.Module):
         self.computed_from = self._state_of_values()
 
     @torch.no_grad()
+    def mixings(self, modules: slice = slice(None)) -> torch.Tensor:
+        """Returns R of modules from the present values, gathered from all processes where they are spread.
+
+        Args:
+            modules (`slice`, *optional*): Their positions among the adapted ones; all by default.
+
+        Returns:
+            `torch.Tensor` of shape `(modules, r, r)`, dtype float32 or wider.
+        """
+        dtype = torch.promote_types(self.values_GK.dtype, torch.float32)
+        values_GK = self.whole_values().to(dtype)
+        groups_M, projections_MKRR = self.plan.frozen(values_GK.device, dtype)
+        return mix(values_GK, groups_M[modules], projections_MKRR[modules])
+
     def mixing(self, index: int) -> torch.Tensor:
-        """Returns R of one module from the present values, gathered from all processes where they are spread.
+        """Returns R of one module, as [`mixings`] does.
 
         Args:
             index (`int`): Position of the module among the adapted ones.
@@ -250,11 +264,7 @@ class Vectors(nn.Module):
         Returns:
             `torch.Tensor` of shape `(r, r)`, dtype float32 or wider.
         """
-        dtype = torch.promote_types(self.values_GK.dtype, torch.float32)
-        one = slice(index, index + 1)
-        values_GK = self.whole_values().to(dtype)
-        groups_M, projections_MKRR = self.plan.frozen(values_GK.device, dtype)
-        return mix(values_GK, groups_M[one], projections_MKRR[one])[0]
+        return self.mixings(slice(index, index + 1))[0]
 
     @torch.no_grad()
     def whole_values(self) -> torch.Tensor:

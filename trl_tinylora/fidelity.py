@@ -29,7 +29,6 @@ from torch import nn
 from transformers import TrainerCallback
 
 from .bank import Plan, Vectors
-from .decomposition import mix
 from .distributed import gathered, whole
 from .layer import Linear
 from .targets import as_OI
@@ -213,7 +212,7 @@ def sampling_fidelity(
         for vectors, _ in places:
             # Once for all modules: under ZeRO-3 the values have to be gathered.
             if vectors not in mixings:
-                mixings[vectors] = _whole_mixing(vectors)
+                mixings[vectors] = vectors.mixings()
         if places:
             updates = [(vectors.plan, mixings[vectors][index]) for vectors, index in places]
             parts[layer.name] = _survival_in(layer, updates, dtype, entries)
@@ -223,13 +222,6 @@ def sampling_fidelity(
             "that `get_peft_model` or `PeftModel.from_pretrained` returned, and the name of one of its adapters."
         )
     return _summed_up(parts)
-
-
-def _whole_mixing(vectors: Vectors) -> torch.Tensor:
-    """Every module's R from the present values, wherever those are."""
-    values_GK = vectors.whole_values()
-    values_GK = values_GK.to(torch.promote_types(values_GK.dtype, torch.float32))
-    return mix(values_GK, *vectors.plan.frozen(values_GK.device, values_GK.dtype))
 
 
 def _survival_in(

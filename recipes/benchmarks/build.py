@@ -363,7 +363,6 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict]:
             whose="PEFT's full SVD of the weights above",
             unit="s",
             ratio=sorted(theirs)[len(theirs) // 2] / flat_seconds,
-            spread=[],
             bound="at least 30",
             holds=sorted(theirs)[len(theirs) // 2] >= 30 * flat_seconds and not flat["full_svds"],
         )
@@ -377,11 +376,6 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict]:
         Row(
             claim=f"worst angle of a singular vector with a gap of {SMALLEST_GAP} or more, {len(angles)} hard spectra",
             ours=max(angles.values()),
-            theirs=None,
-            whose="",
-            unit="",
-            ratio=None,
-            spread=[],
             bound="at most 1e-4",
             holds=max(angles.values()) <= 1e-4,
         )
@@ -391,11 +385,6 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict]:
         Row(
             claim="most bytes beside a weight over its own, seven weights in float32 and bfloat16",
             ours=max(shares.values()),
-            theirs=None,
-            whose="",
-            unit="",
-            ratio=None,
-            spread=[],
             bound="less than 0.05",
             holds=max(shares.values()) < 0.05,
         )
@@ -409,13 +398,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict]:
             Row(
                 claim=f"build a whole model: {arguments.layers} layers ({of_layer})",
                 ours=model["first"],
-                theirs=None,
-                whose="",
                 unit="s",
-                ratio=None,
-                spread=[],
-                bound="",
-                holds=None,
             ),
             Row(
                 claim=f"second adapter or reload: {decomposed} weights decomposed, {arguments.layers} layers",
@@ -424,7 +407,6 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict]:
                 whose="the first time",
                 unit="s",
                 ratio=model["first"] / model["again"],
-                spread=[],
                 bound="no SVD",
                 holds=decomposed == 0,
             ),

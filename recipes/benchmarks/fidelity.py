@@ -251,15 +251,13 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict]:
             unit="s",
             ratio=over_merge,
             spread=spread,
-            bound="",
-            holds=None,
         ),
-        _figure("that share: how far from the share over all entries, at most", off, "at most 0.1", off <= 0.1),
-        _figure(
+        Row("that share: how far from the share over all entries, at most", off, bound="at most 0.1", holds=off <= 0.1),
+        Row(
             "that median: how far from the median over all entries, relative, at most",
             off_median,
-            "at most 0.1",
-            off_median <= 0.1,
+            bound="at most 0.1",
+            holds=off_median <= 0.1,
         ),
         Row(
             claim="toy: divergence of the sampler over the base's, both from the policy, where no warning is given, at "
@@ -267,18 +265,12 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict]:
             ours=max(silent),
             theirs=min(warned),
             whose="where one is given, at least",
-            unit="",
             ratio=min(warned) / max(silent),
-            spread=[],
             bound="theirs over ours above 1",
             holds=min(warned) > max(silent),
         ),
     ]
     return rows, {"estimates": estimates, "samples": samples, "seconds": times}
-
-
-def _figure(claim: str, value: float, bound: str, holds: bool) -> Row:
-    return Row(claim=claim, ours=value, theirs=None, whose="", unit="", ratio=None, spread=[], bound=bound, holds=holds)
 
 
 def main() -> None:

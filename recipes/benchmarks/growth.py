@@ -160,9 +160,6 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict]:
                 ours=largest,
                 theirs=other[1] if other else None,
                 whose=f"PEFT's TinyLoRA ({COSTS[other[0]]})" if other else "",
-                unit="",
-                ratio=None,
-                spread=[],
                 bound=f"not quadratic: at most {BOUND}",
                 holds=largest <= BOUND,
             )

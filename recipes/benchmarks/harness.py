@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -50,13 +50,13 @@ class Row:
 
     claim: str
     ours: float
-    theirs: float | None
-    whose: str
-    unit: str
-    ratio: float | None
-    spread: list[float]
-    bound: str
-    holds: bool | None
+    theirs: float | None = None
+    whose: str = ""
+    unit: str = ""
+    ratio: float | None = None
+    spread: list[float] = field(default_factory=list)
+    bound: str = ""
+    holds: bool | None = None
 
 
 def synchronize() -> None:

@@ -176,7 +176,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict]:
             rows.append(Row(claim, held["bytes"], n_bytes, "the weight", "bytes", ratio, [], bound, fits))
             if way == "sparse":
                 claim, share = f"share of entries listed, v = {value:g}", held["share"]
-                rows.append(Row(claim, share, None, "", "", None, [], "at most 0.08", share <= 0.08))
+                rows.append(Row(claim, share, bound="at most 0.08", holds=share <= 0.08))
         ours, theirs = details["peak_bytes"][way], details["peak_bytes"]["PEFT TinyLoRA"]
         claim, bound = f"peak of the pair over the weight, {way}", f"at most {peak_at_most:g}"
         ratio, whose = ours / n_bytes, "PEFT TinyLoRA"

@@ -251,7 +251,6 @@ def byte_rows(models: dict[str, nn.Module], inputs: torch.Tensor, setting: str) 
                 whose=LORA,
                 unit="bytes",
                 ratio=ratio,
-                spread=[],
                 bound="at most 1",
                 holds=ours <= theirs,
             )
@@ -268,7 +267,6 @@ def byte_rows(models: dict[str, nn.Module], inputs: torch.Tensor, setting: str) 
             whose="tokens x r x 4 bytes x modules",
             unit="bytes",
             ratio=kept / rank_r,
-            spread=[],
             bound="at most 1",
             holds=kept <= rank_r,
         )

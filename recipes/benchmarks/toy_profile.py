@@ -273,11 +273,7 @@ def of_comparison(folder: Path, start: float) -> tuple[list[Row], dict]:
     row = Row(
         claim=f"`make compare`: {len(records)} runs, {made['gpu'] or str(made['cores']) + ' cores'}",
         ours=elapsed,
-        theirs=None,
-        whose="",
         unit="s",
-        ratio=None,
-        spread=[],
         bound="under 10 minutes",
         holds=elapsed < BOUND,
     )
@@ -306,7 +302,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict]:
     for name, words in TITLES.items():
         work = sum(share for place, share in shares[name].items() if place.split(": ")[1] in WORK)
         claim = f"share of generation, forward and backward in {words}"
-        rows.append(Row(claim, work, None, "", "", None, [], "", None))
+        rows.append(Row(claim, work))
 
     times: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     for turn in range(arguments.repeats):
@@ -324,8 +320,6 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict]:
             unit="s",
             ratio=ratio,
             spread=spread,
-            bound="",
-            holds=None,
         )
     )
     more_rows, compared = of_comparison(Path(arguments.comparison), statistics.median(starts))

@@ -60,6 +60,14 @@ def accelerate_launch(mode, script, *arguments, processes=2, timeout=600, enviro
     return subprocess.CompletedProcess(command, process.returncode, output)
 
 
+def refuse_failure(completed):
+    """Raises with a recipe's output if it failed before it had saved."""
+    # gloo's threads abort one finished process in some thirty as Python ends (pytorch issue 190489, pull 179291):
+    # everything is saved then, and the tests look at the values all the same.
+    aborted_at_the_end = "terminate called without an active exception" in completed.stdout.partition("Saved to ")[2]
+    assert completed.returncode == 0 or aborted_at_the_end, completed.stdout[-6000:]
+
+
 def launch_recipe(mode, script, base, data, output_dir, **overrides):
     """
     Starts recipes/sft.py or recipes/grpo.py under a mode's launcher, as the README says; returns what it trained.
@@ -94,10 +102,7 @@ def launch_recipe(mode, script, base, data, output_dir, **overrides):
     config = output_dir.with_suffix(".yaml")
     config.write_text(yaml.safe_dump(keys))
     completed = accelerate_launch(mode, ROOT / "recipes" / script, "--config", config, processes=processes, timeout=600)
-    # gloo's threads abort one finished process in some thirty as Python ends (pytorch issue 190489, pull 179291):
-    # everything is saved then, and the values below are compared all the same.
-    aborted_at_the_end = "terminate called without an active exception" in completed.stdout.partition("Saved to ")[2]
-    assert completed.returncode == 0 or aborted_at_the_end, completed.stdout[-6000:]
+    refuse_failure(completed)
     return values_in(output_dir)
 
 

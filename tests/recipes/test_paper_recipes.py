@@ -21,7 +21,7 @@ import sft
 import torch
 import yaml
 from arguments import AdapterArguments
-from miniatures import GSM8K, MODULES, make_miniature, write_math_rows
+from miniatures import FOLDERS, GSM8K, MODULES, make_miniature, write_math_rows
 from peft import LoraConfig, get_peft_model
 from plan import CompareArguments, Plan
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
@@ -31,7 +31,6 @@ from trl_tinylora import TinyLoraConfig
 
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = sorted(path for path in (ROOT / "recipes").iterdir() if re.fullmatch(r".+-(gsm8k|math)", path.name))
 SCRIPTS = {"grpo": grpo, "sft": sft}
 RUNS = [pytest.param(folder, name, id=f"{folder.name}-{name}") for folder in FOLDERS for name in SCRIPTS]
 COMPARISONS = [path for folder in FOLDERS for path in sorted(folder.glob("compare*.yaml"))]
