@@ -18,7 +18,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from .card import describe, put_section
 from .checkpoint import VALUES, read_folder
 from .files import written_whole
-from .merging import WAYS
+from .merging import refuse_unknown_way
 from .tying import TYINGS, nearest_budget
 
 
@@ -193,8 +193,7 @@ class TinyLoraConfig(PeftConfig):
             raise ValueError(f"`projection` must be one of {PROJECTIONS}, got {self.projection!r}.")
         if self.save_dtype not in SAVE_DTYPES:
             raise ValueError(f"`save_dtype` must be one of {SAVE_DTYPES}, got {self.save_dtype!r}.")
-        if self.merge_restore not in WAYS:
-            raise ValueError(f"`merge_restore` must be one of {WAYS}, got {self.merge_restore!r}.")
+        refuse_unknown_way(self.merge_restore)
         if isinstance(self.projection_seed, bool) or not isinstance(self.projection_seed, int):
             raise TypeError(f"`projection_seed` must be an integer, got {self.projection_seed!r}.")
         if not 0 <= self.projection_seed < 2**32:

@@ -256,9 +256,9 @@ def way_back(update: Update, weight: nn.Parameter, asked_for: Sequence[str]) -> 
     Raises:
         ValueError: If an adapter asks for something else.
     """
+    # They may have been changed since the configuration was made.
     for way in asked_for:
-        if way not in WAYS:
-            raise ValueError(f"`merge_restore` must be one of {WAYS}, got {way!r}.")
+        refuse_unknown_way(way)
     if is_spread(weight):
         return Kept(update)
     if "sparse" in asked_for:
@@ -266,6 +266,19 @@ def way_back(update: Update, weight: nn.Parameter, asked_for: Sequence[str]) -> 
     if "keep" in asked_for or has_room(weight.device, weight.numel() * weight.element_size()):
         return Kept(update)
     return Listed(update)
+
+
+def refuse_unknown_way(way: str) -> None:
+    """Raises where there is no such way back.
+
+    Args:
+        way (`str`): An adapter's `merge_restore`.
+
+    Raises:
+        ValueError: If it is not one of [`WAYS`].
+    """
+    if way not in WAYS:
+        raise ValueError(f"`merge_restore` must be one of {WAYS}, got {way!r}.")
 
 
 def has_room(device: torch.device, n_bytes: int) -> bool:
