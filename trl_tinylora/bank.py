@@ -6,7 +6,7 @@ once per checkpointed block, which breaks DeepSpeed ZeRO-2 and 3 and is silently
 one place:
 
 * before the first adapted block, every module's R = sum_k v_k P_k is computed in one product, without a graph;
-* in each layer, two Functions ([`HiddenStep`], [`UpdateStep`]) add the gradient of R to a side buffer;
+* in each layer, a Function (`steps.py`) adds the gradient of R to a side buffer;
 * at that first place a Function ([`GradientSink`]) hands the hidden states on unchanged. Its backward runs when those
   of all layers behind it have run: it turns the buffer into the gradient of v.
 
@@ -31,7 +31,7 @@ from .config import TinyLoraConfig
 from .decomposition import basis_projections, gaussian_projections, mix, unmix
 from .distributed import gathered, is_fsdp, is_spread, whole
 from .fingerprint import Measured, Probe, fingerprint
-from .steps import never_traced
+from .steps import never_traced, without_autocast
 from .tying import assign_groups, count_groups
 
 
@@ -208,9 +208,11 @@ class Vectors(nn.Module):
         self.lora_magnitude_vector = nn.Parameter(
             torch.zeros(plan.shape, dtype=torch.float32, device=device), requires_grad=False
         )
+        # Every module's R as of the last pass, also one by one, and the state of the values that it was made of.
         self.mixing_MRR = None
-        self.grad_MRR = None
+        self.mixing_of: Sequence[torch.Tensor] = ()
         self.computed_from = None
+        self.grad_MRR = None
         self.is_trained = False
 
     @property
@@ -235,9 +237,10 @@ class Vectors(nn.Module):
 
     def refresh(self) -> None:
         """Computes every module's R from the present values, without a graph."""
-        with torch.no_grad(), torch.autocast(self.values_GK.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(self.values_GK):
             dtype = torch.promote_types(self.values_GK.dtype, torch.float32)
             self.mixing_MRR = mix(self.values_GK.to(dtype), *self.plan.frozen(self.values_GK.device, dtype))
+            self.mixing_of = self.mixing_MRR.unbind()
         self.computed_from = self._state_of_values()
 
     @torch.no_grad()
@@ -290,7 +293,7 @@ class Vectors(nn.Module):
                 "an adapted layer was called outside the model's forward pass: TinyLoRA computes every module's update "
                 "where the hidden states enter the first adapted block. Call the whole model."
             )
-        return self.mixing_MRR[index]
+        return self.mixing_of[index]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Prepares the pass that these hidden states begin, and puts the gradient sink on them.
@@ -332,7 +335,8 @@ class Vectors(nn.Module):
 
     def _state_of_values(self) -> tuple | None:
         # Gathered anew for every use, such values lie elsewhere each time, and in the layers they are not whole.
-        return None if is_spread(self.values_GK) else (self.values_GK.data_ptr(), self.values_GK._version)
+        values_GK = self.values_GK
+        return None if is_spread(values_GK) else (values_GK.data_ptr(), values_GK._version)
 
     def _apply(self, fn, recurse=True):
         # The side buffers follow the module to another device or dtype by being made anew there.
@@ -437,6 +441,8 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
         # Names of the layers whose weights are merged: fewer than all of them where a merge failed half-way.
         self.merged_layers: set[str] = set()
         self.plans: list[Plan] = []
+        # Counts the times that adapters came or went, or what they use in the layers did.
+        self.changes = 0
         # Set while a batch is under way whose rows have adapters of their own.
         self.rows: Optional[Rows] = None
 
@@ -494,6 +500,7 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
             adapter_name (`str`): A name that is not yet taken.
             vectors ([`Vectors`]): Its values.
         """
+        self.changes += 1
         self.trl_tinylora_v[adapter_name] = vectors
         vectors.plan.adapters.add(adapter_name)
         if vectors.plan not in self.plans:
@@ -516,6 +523,7 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
         Args:
             adapter_name (`str`): Its name.
         """
+        self.changes += 1
         super().delete_adapter(adapter_name)
         for plan in self.plans:
             plan.adapters.discard(adapter_name)
@@ -633,6 +641,7 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
         self.merged_adapters.clear()
 
     def _apply(self, fn, recurse=True):
+        self.changes += 1
         for plan in self.plans:
             plan.apply(fn)
         return super()._apply(fn, recurse)

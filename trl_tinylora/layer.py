@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from .bank import Plan, TinyLoraBank, TinyLoraLayer, Vectors
 from .distributed import is_partitioned
 from .merging import Kept, Listed, Update, refuse_not_finite, way_back
-from .steps import HiddenStep, UpdateStep, add_update, is_large, never_traced, to_hidden, without_autocast
+from .sides import Place, Side, is_alone, side_of
+from .steps import HiddenStep, InputStep, UpdateStep, add_update, enter, never_traced, to_hidden, without_autocast
 
 
 class Linear(nn.Module, TinyLoraLayer):
@@ -38,6 +39,8 @@ class Linear(nn.Module, TinyLoraLayer):
         self._bank = (bank,)
         # No buffers: DDP broadcasts those before every forward pass, megabytes beside the 52 bytes of a gradient.
         self._factors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        # What the last pass found of the active adapters, and when: see `_places`.
+        self._places_at: tuple = (None,)
         self.merged_adapters = []
         # The way back, while adapters are merged.
         self._way_back: Optional[Kept | Listed] = None
@@ -109,6 +112,7 @@ class Linear(nn.Module, TinyLoraLayer):
             original = fn(self._way_back.original(self.get_base_layer().weight))
             self._way_back = Kept(self._way_back.update.to(original.device), original)
         self._factors = {rank: tuple(fn(factor) for factor in factors) for rank, factors in self._factors.items()}
+        self._places_at = (None,)
         return super()._apply(fn, recurse)
 
     def place(self, adapter_name: str) -> Optional[tuple[Vectors, int]]:
@@ -153,41 +157,50 @@ class Linear(nn.Module, TinyLoraLayer):
 
     @never_traced
     def _before_base(self, x: torch.Tensor) -> tuple[torch.Tensor, list[tuple]]:
-        # The x for the base layer, and for each active adapter what its update is made of.
-        may_overwrite, has_graph = self._is_alone(), torch.is_grad_enabled() and x.requires_grad
-        inner_x, updates = x, []
-        for adapter_name in self.active_adapters:
-            place = self.place(adapter_name)
-            if place is None:
-                continue
-            vectors, index = place
-            factors, mixing_RR = self.factors_of(vectors.plan), vectors.current_mixing(index)
-            if not has_graph:
-                updates.append((to_hidden(x, factors[1]), factors, mixing_RR, may_overwrite, None))
-                continue
-            adds_up = is_large(*factors)
-            trained = vectors if vectors.values_GK.requires_grad else None
-            through_x, hidden_TR = HiddenStep.apply(
-                inner_x, factors[1], mixing_RR, trained, index, adds_up, may_overwrite
-            )
-            # What gives x the adapter's part of its gradient: in a large module the hidden step, else the update step.
-            inner_x, of_x = (through_x, None) if adds_up else (inner_x, x)
-            updates.append((hidden_TR, factors, mixing_RR, may_overwrite, of_x))
-        return inner_x, updates
+        # The x for the base layer, and what is added behind it: a part, its V^T x, and x where the sum has a backward
+        # pass of its own.
+        places, linear = self._places(x)
+        has_graph = torch.is_grad_enabled() and x.requires_grad
+        through_base, updates = [], []
+        for place in places:
+            part = place.part()
+            if place.goes_through(linear.weight):
+                through_base.append(part)
+            elif has_graph:
+                updates.append((part, HiddenStep.apply(x, part), x))
+            else:
+                updates.append((part, to_hidden(x, part.right_RI), None))
+        if through_base:
+            adds = side_of(x, linear.weight.dtype, len(through_base[0].left_OR)) is Side.INPUT
+            if has_graph:
+                x, *hidden = InputStep.apply(x, through_base, adds, is_alone(self.base_layer))
+            else:
+                x, *hidden = enter(x, through_base, adds)
+            if not adds:
+                updates += [(part, hidden_RT, None) for part, hidden_RT in zip(through_base, hidden, strict=True)]
+        return x, updates
 
     @never_traced
     def _after_base(self, result: torch.Tensor, updates: list[tuple]) -> torch.Tensor:
-        for hidden_TR, factors, mixing_RR, may_overwrite, of_x in updates:
-            if hidden_TR.requires_grad:
-                result = UpdateStep.apply(result, hidden_TR, factors, mixing_RR, may_overwrite, of_x)
+        for part, hidden_RT, x in updates:
+            may_overwrite = is_alone(self.base_layer)
+            if x is None:
+                result = add_update(result, hidden_RT, part, may_overwrite)
             else:
-                result = add_update(result, hidden_TR, factors[0], mixing_RR, may_overwrite)
+                result = UpdateStep.apply(result, hidden_RT, x, part, may_overwrite)
         return result
 
-    def _is_alone(self) -> bool:
-        # What a hook was given it may have kept, and other layers may return what they keep themselves.
-        base = self.base_layer
-        return type(base) is nn.Linear and not base._forward_hooks and not base._forward_pre_hooks
+    def _places(self, x: torch.Tensor) -> tuple[list[Place], nn.Module]:
+        # Looked up and cast once, for each of that takes as long as one of the small products.
+        active = self.active_adapters
+        key = self._bank[0].changes, tuple(active), x.dtype, x.device
+        if self._places_at[0] != key:
+            found = []
+            for vectors, index in filter(None, map(self.place, active)):
+                is_own = self.name not in vectors.plan.own_factors
+                found.append(Place.of(vectors, index, self.factors_of(vectors.plan), x, is_own))
+            self._places_at = key, found, self.get_base_layer()
+        return self._places_at[1:]
 
     def _update_of_rows(self, x: torch.Tensor, plan: Plan, mixing_BRR: torch.Tensor) -> torch.Tensor:
         left_OR, right_RI = (factor.to(x.device, x.dtype) for factor in self.factors_of(plan))
