@@ -155,6 +155,42 @@ def test_hard_spectra_need_no_full_svd_and_unique_vectors_are_right(no_full_svd,
         assert_singular_pairs(weight.double(), left, right, 3e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spectrum", HARD)
+def test_a_wide_matrix_of_many_rows_is_decomposed_from_its_longer_side(no_full_svd, monkeypatch, spectrum, dtype):
+    # As in one of 2048 rows or more.
+    monkeypatch.setattr(krylov, "FEW_ROWS", 1)
+    weight = torch.from_numpy(with_spectrum(300, 500, HARD[spectrum])).to(dtype)
+
+    left, right, _ = truncated_svd(weight, 2)
+
+    assert worst_angle(weight.double(), left, right) < 1e-4
+    assert_singular_pairs(weight.double(), left, right, 3e-7)
+
+
+@pytest.mark.parametrize("shape", [(600, 300), (300, 600), (512, 3584)])
+def test_a_flat_spectrum_takes_few_products_in_float64(monkeypatch, shape):
+    counted = dict.fromkeys((torch.float32, torch.float64), 0)
+    original = krylov.Pieces.gram
+
+    def count(pieces, block_KS):
+        counted[block_KS.dtype] += 1
+        return original(pieces, block_KS)
+
+    monkeypatch.setattr(krylov.Pieces, "gram", count)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    truncated_svd(weight, 2)
+
+    assert 0 < counted[torch.float64] < counted[torch.float32] / 2 < 100
+
+    # Negative control: where float32 finds nothing, float64 does all of it.
+    done = counted[torch.float32]
+    monkeypatch.setattr(krylov.Pieces, "gram", lambda pieces, block: count(pieces, block) / (block.dtype.itemsize - 4))
+    counted[torch.float64] = 0
+    truncated_svd(weight, 2)
+    assert counted[torch.float64] > done / 2
+
+
 @pytest.mark.parametrize("shape", [(600, 300), (300, 600), (512, 3584)])
 def test_a_flat_spectrum_needs_no_full_svd(no_full_svd, shape):
     # The singular values of a random matrix lie as close together as any weight's do.
