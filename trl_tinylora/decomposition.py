@@ -179,9 +179,10 @@ def truncated_svd(weight_OI: torch.Tensor, rank: int) -> Factors:
     """
     Returns the frozen factors `U S` and `V^T` of a weight's truncated SVD (arXiv:2602.04118, section 4).
 
-    Small matrices are decomposed in full in float64. Large ones by [`~trl_tinylora.krylov.leading_triplets`], in the end
-    in float64, until the residual is below [`RESIDUAL_TOLERANCE`], with less than 5% of the weight's bytes beside it (at
-    rank 2, where the longer side is 3584 or more in bfloat16, 1792 in float32); in full where it does not get there.
+    Small matrices are decomposed in full in float64. Large ones by [`~trl_tinylora.krylov.leading_triplets`], in the
+    end in float64, until the residual is below [`RESIDUAL_TOLERANCE`], with less than 5% of the weight's bytes beside
+    it (at rank 2, where the longer side is 3584 or more in bfloat16, 1792 in float32); in full where it does not get
+    there.
     The sign of each pair of singular vectors is such that the entry of largest magnitude in the left one is positive.
     No random state outside is touched.
 

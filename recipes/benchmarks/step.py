@@ -9,8 +9,8 @@ base's in the same round; what counts is the ratio of the medians of two such di
 bootstrap of the rounds), in the worst of the kinds of checkpointing. Of bytes, those that autograd keeps for the
 backward pass beyond the base's, and the peak beyond it.
 
-One block: on a CPU of Qwen2.5-0.5B's shapes by default, on a GPU of Qwen2.5-7B's with 4096 tokens. About five minutes
-on one core of a quiet machine; beside other work its figures mean little.
+One block: on a CPU of Qwen2.5-0.5B's shapes by default, on a GPU of Qwen2.5-7B's with 4096 tokens. About fifteen
+minutes on one core of a quiet machine; beside other work its figures mean little.
 """
 
 import argparse
@@ -318,7 +318,7 @@ def main() -> None:
     lengths = [4096] if on_gpu else [256, 1024]
     parser.add_argument("--tokens", type=int, nargs="+", default=lengths, help="tokens of the one row; each in turn")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="dtypes of the base")
-    parser.add_argument("--repeats", type=int, default=11, help="rounds, each of every model once")
+    parser.add_argument("--repeats", type=int, default=41, help="rounds, each of every model once")
     run("step", parser.parse_args(), measure)
 
 

@@ -31,6 +31,8 @@ CASES = [
         "grpo-untied-default-4",
     )
 ]
+# What large modules do: the gradient is taken from the base layer's own.
+CASES += [{**case, "name": f"{case['name']}-large", "large": True} for case in CASES if "reentrant" in case["name"]]
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 SAVED = {"name": "saved", "trainer": "sft", "fields": {"n_tie": 4}, "max_steps": 4, "save": True, "arguments": SAVING}
 RESUMED = {**SAVED, "name": "resumed", "save": False}

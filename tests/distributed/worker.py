@@ -37,6 +37,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 import trl_tinylora.cache
 import trl_tinylora.model
+import trl_tinylora.steps
 from trl_tinylora import TinyLoraConfig
 from trl_tinylora.bank import Vectors
 from trl_tinylora.decomposition import mix
@@ -351,6 +352,9 @@ def observe(case, base, rows, output_dir):
     dtypes, whole_weights = set(), []
     with contextlib.ExitStack() as stack:
         stack.enter_context(CONTROLS[case.get("control")]())
+        if case.get("large"):
+            # The model is tiny; its modules are taken for large ones.
+            stack.enter_context(mock.patch.object(trl_tinylora.steps, "LARGE", 1))
         if case["mode"] == "fsdp2":
             stack.enter_context(fsdp_without_a_gpu())
         if case.get("arguments", {}).get("fp16"):
