@@ -153,10 +153,11 @@ class Pieces:
         """
         if self.is_wide:
             return self.back(self.across(block_KS))
-        product_KS = torch.zeros_like(block_KS)
+        # The fewer digits are lost in the sum, the less is left to float64.
+        product_KS = torch.zeros_like(block_KS, dtype=torch.float64)
         for _, piece in self:
-            product_KS.addmm_(block_KS @ piece.T, piece)
-        return product_KS
+            product_KS += block_KS @ piece.T @ piece
+        return product_KS.to(block_KS.dtype)
 
     def across(self, block_KS: torch.Tensor) -> torch.Tensor:
         """Returns what the matrix makes of vectors of the Gram matrix's side.

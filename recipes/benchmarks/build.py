@@ -7,7 +7,7 @@ What building costs: the singular vectors of every weight, against PEFT's full S
 The weights have the shapes of a Qwen2.5-7B layer and a spectrum like that of trained ones: a random matrix, over it a
 power law (the i-th singular value as i**-0.5), and above that a few outliers two to five times larger. PEFT's side is
 the very call that its TinyLoRA makes (peft 0.21.2, tuners/tinylora/layer.py): `torch.linalg.svd(weight.float(),
-full_matrices=False)`. The hardest spectrum, that of a random matrix, is timed as well and has no bound.
+full_matrices=False)`. The hardest spectrum, that of a random matrix, is timed as well, and the others on one weight.
 
 Angles are measured against singular vectors that are known because the weight was made of them. The whole model is
 built layer by layer, as `inject_adapter` does it, out of one layer's weights that are changed a little from layer to
@@ -121,7 +121,7 @@ def spectra(count: int) -> dict[str, torch.Tensor]:
     return {
         "power law with outliers": outliers,
         "power law": law,
-        "gaps of a thousandth": 1 - 1e-3 * place,
+        "gaps of a thousandth": (1 - 1e-3 * place).clamp_min(0),
         "repeated below the top": torch.tensor([3.0, *[2.0] * (count // 2)], dtype=torch.float64),
         "rank two": torch.tensor([2.0, 1.0], dtype=torch.float64),
         "huge": 1e30 * outliers,
@@ -239,6 +239,26 @@ def measure_layer(arguments: argparse.Namespace, make: Callable, repeats: int) -
             actions["ours"]()
             measured[name] = in_turns(actions, repeats or 1, warmup=0)
     return {"times": measured, "full_svds": fallen_back}
+
+
+def measure_hard(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """
+    Seconds for hard spectra, of a square weight of the hidden size.
+
+    Args:
+        arguments (`argparse.Namespace`): Sizes and dtype.
+    Returns:
+        `dict`: By spectrum, seconds of ours and of PEFT's full SVD.
+    """
+    shape, measured = (arguments.hidden, arguments.hidden), {}
+    left, right = known_vectors(shape, arguments.hidden, 0)
+    for name, sigma in tqdm(spectra(arguments.hidden).items(), desc="hard spectra"):
+        weight_OI = ((left[:, : len(sigma)] * sigma) @ right[:, : len(sigma)].T).to(DEVICE, dtype_of(arguments))
+        measured[name] = {
+            "ours": seconds(lambda: truncated_svd(weight_OI, RANK)),  # noqa: B023
+            "peft": seconds(lambda: pefts_svd(weight_OI)),  # noqa: B023
+        }
+    return measured
 
 
 def measure_memory(arguments: argparse.Namespace) -> dict[str, float]:
@@ -367,6 +387,21 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict]:
             holds=sorted(theirs)[len(theirs) // 2] >= 30 * flat_seconds and not flat["full_svds"],
         )
     )
+    hard = measure_hard(arguments)
+    slowest = min(hard, key=lambda name: hard[name]["peft"] / hard[name]["ours"])
+    ratio = hard[slowest]["peft"] / hard[slowest]["ours"]
+    rows.append(
+        Row(
+            claim=f"the slowest of {len(hard)} hard spectra, a square weight: {slowest} ({of_layer})",
+            ours=hard[slowest]["ours"],
+            theirs=hard[slowest]["peft"],
+            whose="PEFT's full SVD",
+            unit="s",
+            ratio=ratio,
+            bound="at least 30",
+            holds=ratio >= 30,
+        )
+    )
     angles = {}
     for shape in [(arguments.angles, arguments.angles * 2), (arguments.angles * 2, arguments.angles)]:
         for name, sigma in spectra(arguments.angles).items():
@@ -389,7 +424,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict]:
             holds=max(shares.values()) < 0.05,
         )
     )
-    details = {"layer": layer, "flat": flat, "angles": angles, "memory": shares}
+    details = {"layer": layer, "flat": flat, "hard": hard, "angles": angles, "memory": shares}
     gc.collect()
     if arguments.layers:
         model = details["model"] = measure_model(arguments)
