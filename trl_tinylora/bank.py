@@ -208,9 +208,8 @@ class Vectors(nn.Module):
         self.lora_magnitude_vector = nn.Parameter(
             torch.zeros(plan.shape, dtype=torch.float32, device=device), requires_grad=False
         )
-        # Every module's R as of the last pass, also one by one, and the state of the values that it was made of.
+        # Every module's R as of the last pass, and the state of the values that it was made of.
         self.mixing_MRR = None
-        self.mixing_of: Sequence[torch.Tensor] = ()
         self.computed_from = None
         self.grad_MRR = None
         self.is_trained = False
@@ -240,7 +239,6 @@ class Vectors(nn.Module):
         with torch.no_grad(), without_autocast(self.values_GK):
             dtype = torch.promote_types(self.values_GK.dtype, torch.float32)
             self.mixing_MRR = mix(self.values_GK.to(dtype), *self.plan.frozen(self.values_GK.device, dtype))
-            self.mixing_of = self.mixing_MRR.unbind()
         self.computed_from = self._state_of_values()
 
     @torch.no_grad()
@@ -293,7 +291,7 @@ class Vectors(nn.Module):
                 "an adapted layer was called outside the model's forward pass: TinyLoRA computes every module's update "
                 "where the hidden states enter the first adapted block. Call the whole model."
             )
-        return self.mixing_of[index]
+        return self.mixing_MRR[index]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Prepares the pass that these hidden states begin, and puts the gradient sink on them.

@@ -15,13 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from merge import measure_held, tensors_in
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from tiny import layers_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from trl_tinylora import TinyLoraConfig, merging
-from trl_tinylora.bank import TinyLoraBank
-from trl_tinylora.layer import Linear
 from trl_tinylora.merging import Kept, Listed, Update, has_room
 
 
@@ -47,10 +46,6 @@ def adapted(base, way="auto", seed=0, **fields):
     model = get_peft_model(base, TinyLoraConfig(merge_restore=way, **(fields or FIELDS)))
     set_values(model, seed)
     return model
-
-
-def layers_of(model):
-    return [module for module in model.modules() if isinstance(module, Linear)]
 
 
 def weights_of(model):
@@ -715,7 +710,7 @@ def test_names_are_a_list(tiny_qwen2):
 
 def test_the_banks_own_note_is_of_all_layers(tiny_qwen2):
     model = adapted(tiny_qwen2())
-    (bank,) = (module for module in model.modules() if isinstance(module, TinyLoraBank))
+    bank = model.base_model.bank
     model.merge_adapter()
     assert bank.merged_layers == {layer.name for layer in layers_of(model)} and len(bank.merged_layers) == 14
     model.unmerge_adapter()

@@ -6,20 +6,19 @@ those of plain autograd in float64 through `W + U S R V^T`. CPU, seconds.
 import pytest
 import torch
 from peft import get_peft_model
+from tiny import layers_of
 from torch import nn
 from torch.func import functional_call
 
 import trl_tinylora.steps
 from trl_tinylora import TinyLoraConfig
-from trl_tinylora.bank import TinyLoraBank
 from trl_tinylora.decomposition import mix
-from trl_tinylora.layer import Linear
 from trl_tinylora.sides import Place, Side, side_of
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
-IN, WIDE, OUT = 6, 11, 5
+IN, WIDE = 6, 11
 
 
 @pytest.fixture(autouse=True)
@@ -54,18 +53,9 @@ def adapted(dtype=torch.float32, names=("default",)):
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name in names:
-            values = bank_of(model).vectors(name).values_GK
+            values = model.base_model.bank.vectors(name).values_GK
             values.copy_(torch.randn(values.shape, generator=generator))
     return model
-
-
-def bank_of(model):
-    (bank,) = (module for module in model.modules() if isinstance(module, TinyLoraBank))
-    return bank
-
-
-def layers_of(model):
-    return [module for module in model.modules() if isinstance(module, Linear)]
 
 
 def make_inputs(dtype=torch.float32):
@@ -74,7 +64,7 @@ def make_inputs(dtype=torch.float32):
 
 def found(model, inputs):
     """Output, gradient of each adapter's values, and of the inputs."""
-    values = [bank_of(model).vectors(name).values_GK for name in bank_of(model).active_adapters]
+    values = [model.base_model.bank.vectors(name).values_GK for name in model.base_model.bank.active_adapters]
     for value in values:
         value.grad = None
     inputs.grad = None
@@ -85,8 +75,8 @@ def found(model, inputs):
 
 def expected(model, inputs):
     """The same in float64, by plain autograd."""
-    names = bank_of(model).active_adapters
-    values = {name: bank_of(model).vectors(name).values_GK.detach().double().requires_grad_() for name in names}
+    names = model.base_model.bank.active_adapters
+    values = {name: model.base_model.bank.vectors(name).values_GK.detach().double().requires_grad_() for name in names}
     own = inputs.detach().double().requires_grad_()
     plain = Blocks().double()
     weights = dict(plain.named_parameters())
@@ -95,7 +85,7 @@ def expected(model, inputs):
         if module.base_layer.bias is not None:
             weights[f"{module.name}.bias"] = module.base_layer.bias.detach().double()
         for name in names:
-            plan = bank_of(model).vectors(name).plan
+            plan = model.base_model.bank.vectors(name).plan
             left_OR, right_RI = (factor.double() for factor in module.factors_of(plan))
             mixing_MRR = mix(values[name], plan.groups_M, plan.projections_MKRR.double())
             delta = left_OR @ mixing_MRR[plan.index[module.name]] @ right_RI
@@ -137,8 +127,8 @@ def stored_factors(model):
 
 def with_stored_factors():
     model = adapted()
-    plan = bank_of(model).vectors("default").plan
-    bank_of(model).change_plan("default", plan.with_own_factors(stored_factors(model)))
+    plan = model.base_model.bank.vectors("default").plan
+    model.base_model.bank.change_plan("default", plan.with_own_factors(stored_factors(model)))
     return model
 
 
@@ -156,9 +146,9 @@ def test_factors_of_another_weight_get_the_gradient_through_themselves(monkeypat
 def test_factors_that_come_after_a_pass_are_used_by_the_next_one():
     model, inputs = adapted(), make_inputs()
     found(model, inputs)
-    plan = bank_of(model).vectors("default").plan
+    plan = model.base_model.bank.vectors("default").plan
 
-    bank_of(model).change_plan("default", plan.with_own_factors(stored_factors(model)))
+    model.base_model.bank.change_plan("default", plan.with_own_factors(stored_factors(model)))
 
     assert_close(found(model, inputs), expected(model, inputs), 2e-6)
 
@@ -180,7 +170,7 @@ def test_a_deleted_adapter_leaves_nothing_behind_in_the_layers():
 
     model.delete_adapter("second")
 
-    assert bank_of(model).active_adapters == ["default"]
+    assert model.base_model.bank.active_adapters == ["default"]
     assert_close(found(model, inputs), expected(model, inputs), 2e-6)
 
 

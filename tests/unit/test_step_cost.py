@@ -63,8 +63,7 @@ def frozen(base):
 
 
 def vectors_of(model):
-    (bank,) = (module for module in model.modules() if isinstance(module, TinyLoraBank))
-    return bank.vectors("default")
+    return model.base_model.bank.vectors("default")
 
 
 def make_inputs(model, dtype=torch.float32):
@@ -212,7 +211,7 @@ def test_a_checkpoint_recomputes_no_product_that_the_frozen_base_does_not(tiny_q
         counted[kind] = count_flops(lambda model=model, inputs=inputs: step(model, inputs))
     forward, backward = cost_of_adapters(adapted(tiny_qwen2()), size)
 
-    assert counted["ours"] - counted["base"] <= 2 * forward + backward + 4 * OF_MIXING
+    assert counted["ours"] - counted["base"] <= 2 * forward + backward + 2 * OF_MIXING
     # Control: what is kept behind the last product makes the recomputation go through it.
     assert counted["PEFT's"] - counted["base"] > 2 * 2 * TOKENS * 32 * 48
 
