@@ -8,6 +8,7 @@ On two CPU cores three quarters of an hour. A mode that the output holds already
 
 import argparse
 import json
+import os
 import tempfile
 from pathlib import Path
 from statistics import median
@@ -207,6 +208,7 @@ def run(record, folder, output):
     missing = [mode for mode in MODES if mode not in record["modes"]]
     if not missing:
         return
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder / "extensions")
     base, step_base = make_base(folder / "base"), make_base(folder / "step-base", **STEP_BASE)
     data = folder / "data"
     write_split(data, "train")

@@ -1,13 +1,15 @@
 """Starts distributed runs of worker.py the way a user starts a recipe, and reads what they found."""
 
+import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import psutil
 import torch
 import yaml
 from tiny import values_in
@@ -28,7 +30,7 @@ def free_port():
 
 def accelerate_launch(mode, script, *arguments, processes=2, timeout=600, environment=None):
     """
-    Runs `accelerate launch` in a session of its own and ends all of it when time is up.
+    Runs `accelerate launch` and ends all that it started when time is up.
 
     Returns the completed process with stdout and stderr in one.
     """
@@ -47,17 +49,39 @@ def accelerate_launch(mode, script, *arguments, processes=2, timeout=600, enviro
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "recipes"), os.environ.get("PYTHONPATH", "")]),
         **(environment or {}),
     }
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        raise AssertionError(f"{mode}: no end after {timeout} s\n{output[-4000:]}") from None
-    return subprocess.CompletedProcess(command, process.returncode, output)
+    return run_to_end(command, timeout, cwd=ROOT, env=variables)
+
+
+def run_to_end(command, timeout, **options):
+    """
+    Runs a command; returns the completed process with stdout and stderr in one.
+
+    Raises AssertionError with the end of the output where `timeout` seconds were not enough. Then, and on any other
+    way out, no process that the command started is left.
+    """
+    # A file, not a pipe: reading a pipe would go on for as long as any process holds it.
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, **options)
+        try:
+            process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            output.seek(0)
+            raise AssertionError(f"no end after {timeout} s: {command}\n{output.read()[-4000:]}") from None
+        finally:
+            end_with_descendants(process)
+        output.seek(0)
+        return subprocess.CompletedProcess(command, process.returncode, output.read())
+
+
+def end_with_descendants(process):
+    """Kills a running process and all below it: torchrun's workers are in sessions of their own, past any group."""
+    if process.poll() is not None:
+        return
+    first = psutil.Process(process.pid)
+    for running in [first, *first.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            running.kill()
+    process.wait()
 
 
 def refuse_failure(completed):
