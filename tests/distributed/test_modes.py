@@ -279,5 +279,4 @@ def test_a_killed_run_resumes_to_the_values_of_the_uninterrupted_one(base_folder
     assert (tmp_path / "resumed" / "checkpoint-4").exists() == half_written
     assert not (tmp_path / "resumed" / "checkpoint-4" / "trainer_state.json").exists()
     again = {**case, "arguments": {**SAVING, "resume_from_checkpoint": "true"}}
-    found = run_cases("single", [again], base_folder, rows.to_list(), tmp_path)
-    assert found["resumed"][0]["values"] == expected["values"]
+    assert alone(again)["values"] == expected["values"]

@@ -51,7 +51,14 @@ def measured(tmp_path_factory):
     return measure
 
 
-@pytest.mark.parametrize("script", SMALL, ids=lambda script: script.__name__)
+def in_one_worker(script):
+    """Puts a test where the script's other tests are, so that it runs once."""
+    return pytest.mark.xdist_group(script.__name__)
+
+
+@pytest.mark.parametrize(
+    "script", [pytest.param(script, id=script.__name__, marks=in_one_worker(script)) for script in SMALL]
+)
 def test_a_benchmark_writes_the_rows_that_it_prints(script, measured):
     record, printed = measured(script)
     assert record["rows"] and record["name"] == script.__name__
@@ -59,6 +66,7 @@ def test_a_benchmark_writes_the_rows_that_it_prints(script, measured):
     assert record["provenance"]["versions"]["peft"] is not None and record["provenance"]["machine"]["cpu"]
 
 
+@in_one_worker(many_adapters)
 def test_one_more_adapter_is_weighed_in_both_libraries(measured):
     found = measured(many_adapters)[0]["details"]
     ours, theirs = found["adding"]["trl_tinylora"], found["adding"]["peft"]
@@ -69,6 +77,7 @@ def test_one_more_adapter_is_weighed_in_both_libraries(measured):
     assert found["mixed_batch"]["smallest_effect_of_an_adapter"] > 1e-3
 
 
+@in_one_worker(merge)
 def test_pefts_merges_drift_and_ours_do_not(measured):
     drift = measured(merge)[0]["details"]["drift"]["0.1"]
     assert drift["keep"] == drift["sparse"] == 0 < drift["LoRA"]
@@ -80,6 +89,7 @@ def test_growth_is_fitted_in_the_larger_half_of_the_sizes():
     assert growth.exponent(sizes, [5, 5, 5, 7, 14, 28]) == pytest.approx(1)
 
 
+@in_one_worker(growth)
 def test_pefts_state_dict_grows_quadratically_and_ours_does_not(measured):
     found = measured(growth)[0]["details"]
     assert found["ours"]["layers"]["costs"]["keys"] == [1, 1, 1]

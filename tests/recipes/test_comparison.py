@@ -434,6 +434,9 @@ def test_report_only_rebuilds_the_report_and_runs_nothing(tmp_path, executed):
 # What runs do, on the toy's base
 
 
+in_one_worker = pytest.mark.xdist_group("comparison")  # of those that run the tests: `done` takes long
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """Records of one short run of every kind, by name, and where they were written; one of them was bound to fail."""
@@ -472,12 +475,14 @@ def done(tmp_path_factory):
         return records, arguments
 
 
+@in_one_worker
 def test_a_run_that_fails_leaves_its_log_and_no_record(done):
     records, arguments = done
     assert [name for name, record in records.items() if record is None] == ["final-sft-full-seed1"]
     assert "nothing.jsonl does not exist" in (arguments.work / "final-sft-full-seed1" / "log.txt").read_text()
 
 
+@in_one_worker
 def test_a_training_run_records_what_it_saw_and_cost(done):
     records, arguments = done
     record = records["final-rl-13-seed1"]
@@ -492,6 +497,7 @@ def test_a_training_run_records_what_it_saw_and_cost(done):
     assert (arguments.work / "final-rl-13-seed1" / "completions.jsonl").is_file()
 
 
+@in_one_worker
 def test_values_kept_in_bfloat16_are_bfloat16_numbers_and_others_are_not(done):
     records, _ = done
     kept = torch.tensor(plan._flat(records["final-rl-13-seed1"]["trained"]))
@@ -500,6 +506,7 @@ def test_values_kept_in_bfloat16_are_bfloat16_numbers_and_others_are_not(done):
     assert not torch.equal(free, free.bfloat16().float())
 
 
+@in_one_worker
 def test_the_path_of_one_value_leads_from_zero_to_the_trained_value(done):
     record = done[0]["final-rl-1-seed1"]
     assert len(record["path"]) == 1 + 2 and record["path"][0] == [0.0]
@@ -507,6 +514,7 @@ def test_the_path_of_one_value_leads_from_zero_to_the_trained_value(done):
     assert "path" not in done[0]["final-rl-13-seed1"]
 
 
+@in_one_worker
 def test_own_samples_are_right_answers_of_the_untrained_model_one_a_problem(done):
     records, arguments = done
     lines = (arguments.work / "samples-8-seed1" / "train.jsonl").read_text().splitlines()
@@ -522,6 +530,7 @@ def test_own_samples_are_right_answers_of_the_untrained_model_one_a_problem(done
     assert trained["config"]["dataset_name"] == "samples-8-seed1", "no path of the machine"
 
 
+@in_one_worker
 def test_the_zero_adapter_is_the_untrained_model_and_random_values_are_not(done):
     records, _ = done
     assert records["control-zero"]["metrics"] == records["untrained"]["metrics"]
@@ -530,6 +539,7 @@ def test_the_zero_adapter_is_the_untrained_model_and_random_values_are_not(done)
     assert np.linalg.norm(random["values"]) == pytest.approx(norm) and len(set(random["values"])) == 13
 
 
+@in_one_worker
 def test_the_prompted_model_is_asked_in_other_words(done):
     records, arguments = done
     texts = [
@@ -539,6 +549,7 @@ def test_the_prompted_model_is_asked_in_other_words(done):
     assert texts[0] != texts[1]
 
 
+@in_one_worker
 def test_a_landscape_is_the_reward_at_every_point_and_at_zero_the_untrained_models(done):
     record = done[0]["landscape-1"]
     (axis,) = record["grid"]
