@@ -3,7 +3,7 @@ The whole matrix: trainer x tying x checkpointing x accumulation in every mode a
 
     python tests/distributed/matrix.py --output matrix.json --update_readme recipes/README.md
 
-On two CPU cores three quarters of an hour. A mode that the output holds already, from the same commit, is not run.
+On two CPU cores about an hour. A mode that the output holds already, from the same commit, is not run.
 """
 
 import argparse
@@ -159,7 +159,8 @@ def table(record):
         "",
         "What a step costs with all 56 modules of a small Qwen2 adapted, over the same step with one module of the "
         "first block adapted (the frozen base's whole backward pass is in both), in turns in one launch; and what "
-        "finding the factors costs on the model as the mode spreads it over the same on the whole model:",
+        "finding the factors costs on the model as the mode spreads it over the same on the whole model. A ratio under 1 "
+        "is noise, and tells how large it is:",
         "",
         "| mode | time: TinyLoRA, 13 values | LoRA, rank 1 | bytes between processes: one module | TinyLoRA | LoRA "
         "| building, spread over whole |",
