@@ -1,7 +1,7 @@
 """
 Where the time of the toy's runs goes: one of RL, one of SFT, and the greedy and the sampled half of an evaluation.
 
-    python recipes/benchmarks/toy_profile.py  # a minute on one core
+    python recipes/benchmarks/toy_profile.py  # about two minutes on one core
 
 The main thread's stack is looked at every few milliseconds, from a second thread, and each look is put down to the
 innermost call that `PARTS` names. Training is cut short, and its share scaled to the recipe's number of steps. On a
@@ -15,6 +15,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import resource
 import statistics
 import sys
 import tempfile
@@ -39,8 +40,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluate import evaluate
 from execution import do
 from generation import GenerationArguments, load_model
-from harness import Row, parser_of, run
+from harness import Row, parser_of, ratio_of, run
 from plan import CompareArguments, Plan, Run
+from workers import KEPT_MEMORY
 
 from trl_tinylora.tasks import get_task
 
@@ -204,17 +206,50 @@ def evaluation(run: Run, kind: str) -> Callable[[], object]:
     return lambda: evaluate(model, tokenizer, rows, asked, kinds=(kind,))
 
 
+def cpu_seconds(run: Run) -> float:
+    """
+    Processor time of a run, the system's part included.
+
+    Args:
+        run (`Run`): What to do.
+    Returns:
+        `float`
+    """
+    torch.set_num_threads(1)
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    profiled(lambda: _do(run))
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 def _do(run):
     with tempfile.TemporaryDirectory() as folder:
         do(run, Path(folder))
 
 
-def start_of_a_process() -> float:
-    """Seconds until a new process, as a comparison starts them, has imported what it needs."""
-    started = time.perf_counter()
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        pool.submit(os.getpid).result()
-        return time.perf_counter() - started
+def in_a_new_process(run: Run, keeps_memory: bool) -> tuple[float, float]:
+    """
+    Processor time of a run in a process of its own.
+
+    Args:
+        run (`Run`): What to do.
+        keeps_memory (`bool`): Whether the process keeps what it frees, as the workers of a comparison do.
+    Returns:
+        `tuple[float, float]`: Seconds until the process can begin, and of the run.
+    """
+    before = {name: os.environ.pop(name, None) for name in KEPT_MEMORY}
+    os.environ.update(KEPT_MEMORY if keeps_memory else {})
+    try:
+        started = time.perf_counter()
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            pool.submit(os.getpid).result()
+            ready = time.perf_counter() - started
+            return ready, pool.submit(cpu_seconds, run).result()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def of_comparison(folder: Path, start: float) -> tuple[list[Row], dict]:
@@ -247,7 +282,7 @@ def of_comparison(folder: Path, start: float) -> tuple[list[Row], dict]:
 
 def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict]:
     """
-    Profiles the runs, and reads a comparison's time.
+    Profiles the runs, and times one with and without memory kept.
 
     Args:
         arguments (`argparse.Namespace`): The command line's.
@@ -269,7 +304,24 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict]:
         claim = f"share of generation, forward and backward in {words}"
         rows.append(Row(claim, work))
 
-    starts = [start_of_a_process() for _ in range(arguments.repeats)]
+    times: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for turn in range(arguments.repeats):
+        for keeps_memory in (turn % 2 == 0, turn % 2 == 1):
+            times[keeps_memory].append(in_a_new_process(runs["rl"], keeps_memory))
+    kept, given_back = ([seconds for _, seconds in times[keeps_memory]] for keeps_memory in (True, False))
+    starts = [start for each in times.values() for start, _ in each]
+    ratio, spread = ratio_of(given_back, kept)
+    rows.append(
+        Row(
+            claim=f"processor time of {arguments.rl_steps} steps of RL and an evaluation, freed memory kept",
+            ours=statistics.median(kept),
+            theirs=statistics.median(given_back),
+            whose="freed memory given back",
+            unit="s",
+            ratio=ratio,
+            spread=spread,
+        )
+    )
     more_rows, compared = of_comparison(Path(arguments.comparison), statistics.median(starts))
     details = {
         "seconds": {name: {": ".join(place): value for place, value in parts.items()} for name, parts in found.items()},
@@ -286,7 +338,7 @@ def main() -> None:
     parser.add_argument("--rl_steps", type=int, default=8, help="steps of the RL run")
     parser.add_argument("--sft_steps", type=int, default=24, help="steps of the SFT run")
     parser.add_argument("--limit", type=int, help="problems of an evaluation; by default all")
-    parser.add_argument("--repeats", type=int, default=3, help="processes whose start is timed")
+    parser.add_argument("--repeats", type=int, default=3, help="processes that are timed with and without memory kept")
     parser.add_argument("--comparison", default="results/compare_quick", help="output folder of `make compare`")
     run("toy_profile", parser.parse_args(), measure)
 
