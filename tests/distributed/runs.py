@@ -56,8 +56,8 @@ def run_to_end(command, timeout, **options):
     """
     Runs a command; returns the completed process with stdout and stderr in one.
 
-    Raises AssertionError with the end of the output where `timeout` seconds were not enough. Then, and on any other
-    way out, no process that the command started is left.
+    Raises AssertionError with the end of the output where `timeout` seconds were not enough. Then, and where the test
+    is interrupted, no process that the command started is left.
     """
     # A file, not a pipe: reading a pipe would go on for as long as any process holds it.
     with tempfile.TemporaryFile("w+") as output:

@@ -236,6 +236,13 @@ def test_the_comparison_notices_a_lost_gradient(found, mode, alone):
     assert difference(found["control-lost"][0], alone(CASES[0])) > 1000 * TOLERANCE
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it compiles this without a GPU only")
+@pytest.mark.parametrize("mode", [pytest.param("zero2", marks=pytest.mark.xdist_group("zero2"))], indirect=True)
+def test_deepspeed_compiles_in_a_folder_of_this_test_run(found, extensions_folder, tmp_path_factory):
+    assert tmp_path_factory.getbasetemp().parent in extensions_folder.parents
+    assert (extensions_folder / "deepspeed_shm_comm").is_dir()
+
+
 @pytest.mark.parametrize(
     "mode, control, message",
     [
@@ -279,4 +286,5 @@ def test_a_killed_run_resumes_to_the_values_of_the_uninterrupted_one(base_folder
     assert (tmp_path / "resumed" / "checkpoint-4").exists() == half_written
     assert not (tmp_path / "resumed" / "checkpoint-4" / "trainer_state.json").exists()
     again = {**case, "arguments": {**SAVING, "resume_from_checkpoint": "true"}}
-    assert alone(again)["values"] == expected["values"]
+    found = run_cases("single", [again], base_folder, rows.to_list(), tmp_path)
+    assert found["resumed"][0]["values"] == expected["values"]
