@@ -74,14 +74,18 @@ def run_to_end(command, timeout, **options):
 
 
 def end_with_descendants(process):
-    """Kills a running process and all below it: torchrun's workers are in sessions of their own, past any group."""
+    """Kills a running process and all below it, and waits until they are dead."""
     if process.poll() is not None:
         return
     first = psutil.Process(process.pid)
-    for running in [first, *first.children(recursive=True)]:
+    # Descendants, not the process group: torchrun's workers are in sessions of their own.
+    started = first.children(recursive=True)
+    for running in [first, *started]:
         with contextlib.suppress(psutil.NoSuchProcess):
             running.kill()
     process.wait()
+    for killed in started:
+        killed.wait(timeout=60)
 
 
 def refuse_failure(completed):
