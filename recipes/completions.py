@@ -12,7 +12,7 @@ from pathlib import Path
 
 from provenance import read_provenance
 
-from trl_tinylora.files import written_whole
+from trl_tinylora.storage.atomic_write import written_whole
 
 
 KINDS = ("greedy", "sampled")

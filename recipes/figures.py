@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trl_tinylora.files import written_whole
+from trl_tinylora.storage.atomic_write import written_whole
 
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import trl
 from peft import PeftConfig, PeftModel, PeftType
 
 from trl_tinylora import TinyLoraPeftType, export_lora
-from trl_tinylora.export import ADAPTER_FILES, refuse_what_is_no_lora
+from trl_tinylora.convert.lora import ADAPTER_FILES, refuse_what_is_no_lora
 from trl_tinylora.tasks import get_task
 
 

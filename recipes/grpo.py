@@ -16,7 +16,7 @@ from provenance import describe_training
 from transformers import TrainerCallback
 
 from trl_tinylora import SamplingFidelityCallback, TinyLoraConfig
-from trl_tinylora.card import put_section
+from trl_tinylora.storage.card import put_section
 from trl_tinylora.tasks import get_task
 
 

@@ -15,7 +15,7 @@ from report import update_section
 from transformers import Qwen2Config
 
 from trl_tinylora import TinyLoraConfig
-from trl_tinylora.targets import resolve_target_modules, skeleton
+from trl_tinylora.tuner.targets import resolve_target_modules, skeleton
 
 
 BYTES_BF16, BYTES_FP32 = 2, 4

@@ -22,8 +22,8 @@ from report import replace_section
 from trl import TrlParser
 
 from trl_tinylora import TinyLoraConfig
-from trl_tinylora.targets import resolve_target_modules, skeleton
-from trl_tinylora.tying import count_groups
+from trl_tinylora.maths.tying import count_groups
+from trl_tinylora.tuner.targets import resolve_target_modules, skeleton
 
 
 ROOT = Path(__file__).parent

@@ -13,7 +13,7 @@ from completions import KINDS, write_text
 from evaluate import GRADINGS
 from scipy import stats
 
-from trl_tinylora.card import markers, replaced_section
+from trl_tinylora.storage.card import markers, replaced_section
 
 
 # "format" is what strict grading counts and flexible grading does not, negative where it is the other way round.

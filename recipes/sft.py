@@ -15,7 +15,7 @@ from callbacks import callbacks_for
 from provenance import describe_training
 from transformers import TrainerCallback
 
-from trl_tinylora.card import put_section
+from trl_tinylora.storage.card import put_section
 from trl_tinylora.tasks import get_task
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .config import TinyLoraConfig, TinyLoraPeftType
-from .export import export_lora
-from .model import TinyLoraModel
-from .peft_tinylora import convert_peft_tinylora
+from .convert.lora import export_lora
+from .convert.peft_tinylora import convert_peft_tinylora
 from .registration import register
+from .tuner.model import TinyLoraModel
 from .version import __version__
 
 
 if TYPE_CHECKING:
-    from .fidelity import SamplingFidelityCallback, sampling_fidelity
+    from .vllm.fidelity import SamplingFidelityCallback, sampling_fidelity
 
 
 __all__ = [
@@ -34,7 +34,7 @@ register()
 def __getattr__(name: str) -> object:
     # The base class of callbacks takes half as long to import as everything else here.
     if name in ("SamplingFidelityCallback", "sampling_fidelity"):
-        from . import fidelity
+        from .vllm import fidelity
 
         return getattr(fidelity, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

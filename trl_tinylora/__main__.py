@@ -24,11 +24,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .config import TinyLoraConfig, TinyLoraPeftType
-from .export import DTYPES, export_lora, read_config
-from .layer import Linear
-from .peft_tinylora import convert_peft_tinylora
-from .targets import resolve_target_modules, skeleton
-from .tying import TYINGS, count_groups
+from .convert.lora import DTYPES, export_lora, read_config
+from .convert.peft_tinylora import convert_peft_tinylora
+from .maths.tying import TYINGS, count_groups
+from .tuner.layer import Linear
+from .tuner.targets import resolve_target_modules, skeleton
 
 
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}

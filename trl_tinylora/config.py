@@ -15,11 +15,11 @@ from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from .card import describe, put_section
-from .checkpoint import VALUES, read_folder
-from .files import written_whole
-from .merging import refuse_unknown_way
-from .tying import TYINGS, nearest_budget
+from .maths.tying import TYINGS, nearest_budget
+from .storage.atomic_write import written_whole
+from .storage.card import describe, put_section
+from .storage.checkpoint import VALUES, read_folder
+from .tuner.merging import refuse_unknown_way
 
 
 if TYPE_CHECKING:
@@ -258,7 +258,7 @@ class TinyLoraConfig(PeftConfig):
         Raises:
             ValueError: If `n_values` is below 1, or not to be had and `exact=True`.
         """
-        from .targets import resolve_target_modules, skeleton
+        from .tuner.targets import resolve_target_modules, skeleton
 
         _check_count("n_values", n_values)
         fixed_u, fixed_n_tie = fields.pop("u", None), fields.pop("n_tie", None)

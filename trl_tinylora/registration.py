@@ -5,7 +5,7 @@ from __future__ import annotations
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from .config import TinyLoraConfig, TinyLoraPeftType
-from .model import TinyLoraModel
+from .tuner.model import TinyLoraModel
 
 
 def register() -> None:

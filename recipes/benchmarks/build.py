@@ -26,9 +26,10 @@ import torch
 from harness import Row, in_turns, parser_of, peak_bytes, ratio_of, run, seconds
 from tqdm import tqdm
 
-from trl_tinylora import cache, decomposition
-from trl_tinylora.decomposition import truncated_svd
-from trl_tinylora.fingerprint import take_probe
+from trl_tinylora.maths import decomposition
+from trl_tinylora.maths.decomposition import truncated_svd
+from trl_tinylora.storage import cache
+from trl_tinylora.storage.fingerprint import take_probe
 
 
 RANK = 2

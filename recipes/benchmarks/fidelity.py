@@ -20,8 +20,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_tinylora import TinyLoraConfig, sampling_fidelity
-from trl_tinylora.fidelity import ENTRIES
 from trl_tinylora.tasks import gsm8k
+from trl_tinylora.vllm.fidelity import ENTRIES
 
 
 SIZES = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]

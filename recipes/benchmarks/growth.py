@@ -28,7 +28,7 @@ from figures import ARM_COLORS, DPI, FAINT
 from harness import Row, in_turns, parser_of, peak_bytes, random_qwen2, run, tensor_bytes
 
 from trl_tinylora import TinyLoraConfig
-from trl_tinylora.files import written_whole
+from trl_tinylora.storage.atomic_write import written_whole
 
 
 RANK_OF_U = 16  # so that up to 256 values of a module mean different things

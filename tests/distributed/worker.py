@@ -35,14 +35,14 @@ from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from trl.distributed import DistributedBackend
 from trl.generation.vllm_generation import VLLMGeneration
 
-import trl_tinylora.cache
-import trl_tinylora.model
-import trl_tinylora.steps
+import trl_tinylora.storage.cache
+import trl_tinylora.tuner.model
+import trl_tinylora.tuner.steps
 from trl_tinylora import TinyLoraConfig
-from trl_tinylora.bank import Vectors
-from trl_tinylora.decomposition import mix
 from trl_tinylora.distributed import gathered, whole
-from trl_tinylora.layer import Linear
+from trl_tinylora.maths.decomposition import mix
+from trl_tinylora.tuner.bank import Vectors
+from trl_tinylora.tuner.layer import Linear
 
 
 STEPS = 20
@@ -152,7 +152,7 @@ def plain_autograd():
 
 def no_gather():
     """Control: weights are decomposed without being gathered."""
-    return mock.patch.object(trl_tinylora.model, "gathered", lambda parameters: contextlib.nullcontext())
+    return mock.patch.object(trl_tinylora.tuner.model, "gathered", lambda parameters: contextlib.nullcontext())
 
 
 def lost_gradient():
@@ -209,7 +209,7 @@ CONTROLS = {
 @contextlib.contextmanager
 def whole_weights_while_building(most):
     """Appends to `most` how many of the model's spread weights were whole whenever singular vectors were taken."""
-    models, compute, decompose = [], trl_tinylora.model.compute_factors, trl_tinylora.cache.truncated_svd
+    models, compute, decompose = [], trl_tinylora.tuner.model.compute_factors, trl_tinylora.storage.cache.truncated_svd
 
     def computing(model, names, rank):
         models.append(model)
@@ -220,8 +220,8 @@ def whole_weights_while_building(most):
         return decompose(weight, rank)
 
     with (
-        mock.patch.object(trl_tinylora.model, "compute_factors", computing),
-        mock.patch.object(trl_tinylora.cache, "truncated_svd", decomposing),
+        mock.patch.object(trl_tinylora.tuner.model, "compute_factors", computing),
+        mock.patch.object(trl_tinylora.storage.cache, "truncated_svd", decomposing),
     ):
         yield
 
@@ -298,7 +298,7 @@ def build_seconds(model, base, turns):
     for _ in range(turns):
         for kind, given in (("whole", plain), ("spread", model.get_base_model())):
             started = time.perf_counter()
-            trl_tinylora.model.compute_factors(given, names, rank)
+            trl_tinylora.tuner.model.compute_factors(given, names, rank)
             found[kind].append(time.perf_counter() - started)
     return found
 
@@ -354,7 +354,7 @@ def observe(case, base, rows, output_dir):
         stack.enter_context(CONTROLS[case.get("control")]())
         if case.get("large"):
             # The model is tiny; its modules are taken for large ones.
-            stack.enter_context(mock.patch.object(trl_tinylora.steps, "LARGE", 1))
+            stack.enter_context(mock.patch.object(trl_tinylora.tuner.steps, "LARGE", 1))
         if case["mode"] == "fsdp2":
             stack.enter_context(fsdp_without_a_gpu())
         if case.get("arguments", {}).get("fp16"):

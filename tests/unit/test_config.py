@@ -14,8 +14,8 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import LlamaConfig, Qwen2Config
 
 from trl_tinylora import TinyLoraConfig, TinyLoraPeftType
-from trl_tinylora.targets import resolve_target_modules, skeleton
-from trl_tinylora.tying import assign_groups, count_groups
+from trl_tinylora.maths.tying import assign_groups, count_groups
+from trl_tinylora.tuner.targets import resolve_target_modules, skeleton
 
 
 REAL = {

@@ -1,0 +1,1 @@
+"""TinyLoRA as pure functions of tensors, names and numbers."""

@@ -1,0 +1,1 @@
+"""What a saved adapter is, and how it is written and verified."""

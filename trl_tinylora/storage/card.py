@@ -1,0 +1,111 @@
+"""The part of a model card that says what an adapter is, and keeps what others wrote around it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Optional
+
+import torch
+
+from .atomic_write import written_whole
+
+
+if TYPE_CHECKING:
+    from ..config import TinyLoraConfig
+
+
+CARD = "README.md"
+MOST_VALUES = 128
+
+
+def describe(config: TinyLoraConfig, values_GK: torch.Tensor, fingerprint: Mapping) -> str:
+    """
+    Returns what an adapter is, for its model card: formula, values, base, how to load it.
+
+    Args:
+        config ([`TinyLoraConfig`]): Its configuration.
+        values_GK (`torch.Tensor`): The values as they are saved, shape `(groups, u)`.
+        fingerprint (`Mapping`): What proves the base.
+
+    Returns:
+        `str`: Markdown.
+    """
+    count = values_GK.numel()
+    n_bytes, dtype = count * values_GK.element_size(), str(values_GK.dtype).removeprefix("torch.")
+    base = config.base_model_name_or_path
+    revision = f" (revision {config.revision})" if config.revision else ""
+    listed = "\n".join(" ".join(f"{value:.8g}" for value in row) for row in values_GK.float().tolist())
+    shown = f"\n```\n{listed}\n```\n" if count <= MOST_VALUES else ""
+    folder = "this/folder/or/repository"
+    return f"""## TinyLoRA
+
+{count} trained value{"s" if count > 1 else ""} ({n_bytes} bytes, {dtype}), by the method of "Learning to Reason in 13 \
+Parameters" ([arXiv:2602.04118](https://arxiv.org/abs/2602.04118)): in each of {fingerprint["modules"]} modules
+
+    W' = W + U S (sum_k v_k P_k) V^T
+
+with U, S, V the truncated SVD of W at rank {config.r}, P fixed matrices (seed {config.projection_seed}) and v the \
+values: {values_GK.shape[0]} groups of {values_GK.shape[1]}, n_tie = {config.n_tie}, {config.tying}.
+{shown}
+Base model: {f"`{base}`" if base else "not named"}{revision}. The weights of its adapted modules are proved by \
+`base_fingerprint` in adapter_config.json (modules {fingerprint["names"]}); another base is refused.
+
+```python
+import trl_tinylora  # pip install trl-tinylora
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("{folder}")
+```
+
+`python -m trl_tinylora export {folder} lora` makes a plain LoRA of it, which loads without this package."""
+
+
+def markers(name: str) -> tuple[str, str]:
+    """Returns the comments before and after a part of a Markdown document.
+
+    Args:
+        name (`str`): Name of the part.
+
+    Returns:
+        `tuple[str, str]`
+    """
+    return f"<!-- {name} -->", f"<!-- /{name} -->"
+
+
+def replaced_section(document: str, name: str, content: str) -> Optional[str]:
+    """Returns a document with the part between two markers renewed, or None where it lacks them.
+
+    Args:
+        document (`str`): Markdown.
+        name (`str`): Name of the part, as in [`markers`].
+        content (`str`): What goes between them.
+
+    Returns:
+        `str` or `None`
+    """
+    opening, closing = markers(name)
+    before, found, rest = document.partition(opening)
+    if not found or closing not in rest:
+        return None
+    return f"{before}{opening}\n{content}\n{closing}{rest.split(closing, 1)[1]}"
+
+
+def put_section(folder: str | os.PathLike, name: str, content: str) -> None:
+    """
+    Writes a part of a folder's model card, in its former place if there was one and at the end otherwise.
+
+    Args:
+        folder (`str` or `os.PathLike`): The folder; a card that it has is kept around the part.
+        name (`str`): Name of the part, in the comments around it.
+        content (`str`): Markdown.
+    """
+    path = Path(folder) / CARD
+    card = path.read_text(encoding="utf-8") if path.is_file() else ""
+    renewed = replaced_section(card, name, content)
+    if renewed is None:
+        opening, closing = markers(name)
+        renewed = f"{card.rstrip()}\n\n{opening}\n{content}\n{closing}\n".lstrip()
+    with written_whole(path) as scratch:
+        scratch.write_text(renewed, encoding="utf-8")

@@ -1,0 +1,160 @@
+"""
+What proves a base model: a few numbers for each adapted weight, that a change of dtype leaves and other weights change.
+
+A probe of a weight W is `a^T W b / sqrt(out_features * in_features)`, with random signs a and b that follow from the
+module's name. A change E of the weight moves it by about the root mean square entry of E. So, in units of the root mean
+square entry of W, rounding to bfloat16 moves a probe by 0.0016, 8-bit weights by 0.01, 4-bit weights by 0.1, other
+weights by 1. Singular values would not do: the largest ones hardly feel quantisation.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..maths.decomposition import BFLOAT16_ROUNDING, frozen_stream, in_pieces
+
+
+# An adapter keeps at least this many numbers, so that one of few modules is proved as well.
+FEWEST_NUMBERS = 64
+# Of the root mean square over all probes, and of a single one: rounding to bfloat16 makes BFLOAT16_ROUNDING.
+TOLERANCE = 2.2 * BFLOAT16_ROUNDING
+SINGLE_TOLERANCE = 6 * BFLOAT16_ROUNDING
+UNRELATED = 0.3
+# Below this, which float32 sums in another order make, the weights are the same bits.
+SAME_BITS = 1e-6
+
+
+class Probe(NamedTuple):
+    """
+    What is measured of one adapted weight.
+
+    Args:
+        shape (`tuple[int, int]`): `(out_features, in_features)`.
+        scale (`float`): Root mean square of the entries.
+        values (`tuple[float, ...]`): Its probes.
+    """
+
+    shape: tuple[int, int]
+    scale: float
+    values: tuple[float, ...]
+
+
+class Measured(NamedTuple):
+    """
+    What else is known of an adapted weight once its factors are.
+
+    Args:
+        probe ([`Probe`]): Its part in a fingerprint.
+        uncertainty (`float`): As of [`~trl_tinylora.maths.decomposition.Factors`].
+    """
+
+    probe: Probe
+    uncertainty: float
+
+
+def probes_needed(modules: int) -> int:
+    """Returns how many probes of each module prove an adapter of this many modules.
+
+    Args:
+        modules (`int`): Number of adapted modules.
+
+    Returns:
+        `int`
+    """
+    return max(-(-FEWEST_NUMBERS // modules), 1)
+
+
+def take_probe(name: str, weight_OI: torch.Tensor, count: int) -> Probe:
+    """Returns probes of one weight; the first ones are the same whatever their number.
+
+    Args:
+        name (`str`): Name of the module in the base model.
+        weight_OI (`torch.Tensor`): Its weight, shape `(out_features, in_features)`, any float dtype.
+        count (`int`): How many; the cost is that of a product with so many columns.
+
+    Returns:
+        [`Probe`]
+    """
+    out_features, in_features = weight_OI.shape
+    stream = frozen_stream(f"probe:{name}")
+    signs = torch.from_numpy(stream.randint(0, 2, (count, out_features + in_features)).astype(np.float32) * 2 - 1)
+    dtype = torch.promote_types(weight_OI.dtype, torch.float32)
+    left_OP, right_IP = signs.T.to(weight_OI.device, dtype).split([out_features, in_features])
+    size = weight_OI.numel() ** 0.5
+    # A few rows at a time: the whole weight in float32 would be up to two more of it.
+    values, square, start = 0.0, 0.0, 0
+    for part_OI in in_pieces(weight_OI):
+        part_OI = part_OI.to(dtype)
+        left_of_part = left_OP[start : start + len(part_OI)]
+        values += (left_of_part * (part_OI @ right_IP)).sum(0, dtype=torch.float64)
+        square += torch.linalg.vector_norm(part_OI, dtype=torch.float64).square()
+        start += len(part_OI)
+    return Probe((out_features, in_features), square.sqrt().item() / size, tuple((values / size).tolist()))
+
+
+def fingerprint(probes: Mapping[str, Probe]) -> dict:
+    """
+    Returns what an adapter keeps of its base, for `adapter_config.json`.
+
+    Args:
+        probes (`Mapping[str, Probe]`): Of each adapted module, by name, in depth order.
+
+    Returns:
+        `dict`: `modules`, their number; `names`, a digest of their names and shapes in order; `probes`, base64 of
+        float32 numbers, little endian, an equal number for each module.
+    """
+    listed = "\n".join(f"{name} {probe.shape}" for name, probe in probes.items())
+    kept = np.array([probe.values[: probes_needed(len(probes))] for probe in probes.values()], dtype="<f4")
+    return {
+        "modules": len(probes),
+        "names": hashlib.sha256(listed.encode()).hexdigest()[:16],
+        "probes": base64.b64encode(kept.tobytes()).decode(),
+    }
+
+
+def refuse_another_base(expected: Mapping, probes: Mapping[str, Probe]) -> float:
+    """
+    Returns by how much the base differs from the one that an adapter was trained on, and raises if that is more
+    than a change of dtype.
+
+    Args:
+        expected (`Mapping`): The adapter's [`fingerprint`].
+        probes (`Mapping[str, Probe]`): Of each module that it would adapt here, by name, in depth order.
+
+    Returns:
+        `float`: Root mean square change of the probes, in units of the weights' size.
+
+    Raises:
+        ValueError: If the base differs; the message says in what.
+    """
+    found, names = fingerprint(probes), list(probes)
+    if found["modules"] != expected["modules"]:
+        raise ValueError(
+            f"it was trained on {expected['modules']} modules, and its configuration matches {found['modules']} here: "
+            "a model of another depth, or modules that are missing or were renamed"
+        )
+    if found["names"] != expected["names"]:
+        raise ValueError(
+            f"the {len(names)} modules have other names, another order or other shapes than those it was trained on; "
+            f"here they run from {names[0]} {probes[names[0]].shape} to {names[-1]} {probes[names[-1]].shape}"
+        )
+    there = np.frombuffer(base64.b64decode(expected["probes"]), dtype="<f4").reshape(len(names), -1)
+    here = np.array([probe.values[: there.shape[1]] for probe in probes.values()])
+    scale = np.array([[max(probe.scale, np.finfo(np.float32).tiny)] for probe in probes.values()])
+    moved = np.abs(here - there) / scale
+    overall, single = float(np.sqrt((moved**2).mean())), moved.max(axis=1)
+    if overall <= TOLERANCE and single.max() <= SINGLE_TOLERANCE:
+        return overall
+    other = [name for name, most in zip(names, single, strict=True) if most > SINGLE_TOLERANCE] or list(names)
+    kind = "other weights" if overall > UNRELATED else "a quantised, fine-tuned, merged or revised variant of its base"
+    raise ValueError(
+        f"the weights of {len(other)} of {len(names)} modules differ, the first {other[0]}: by {overall:.1e} of their "
+        f"size overall and {single.max():.1e} at most, where rounding to bfloat16 makes {BFLOAT16_ROUNDING:.1e}. That "
+        f"is {kind}"
+    )
