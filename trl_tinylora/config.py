@@ -15,11 +15,13 @@ from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from .maths.tying import TYINGS, nearest_budget
+from .budget import nearest_budget
+from .maths.tying import TYINGS
 from .storage.atomic_write import written_whole
 from .storage.card import describe, put_section
-from .storage.checkpoint import VALUES, read_folder
+from .storage.checkpoint import VALUES, SavedAdapter, former_bases, read_folder
 from .tuner.merging import refuse_unknown_way
+from .tuner.targets import resolve_target_modules, skeleton
 
 
 if TYPE_CHECKING:
@@ -99,10 +101,13 @@ class TinyLoraConfig(PeftConfig):
             `"sparse"` has its way, else one that asks for `"keep"`. It is a matter of the machine and is not saved; it
             may be changed in `model.peft_config[name]` at any time.
         base_fingerprint (`dict`, *optional*):
-            What proves the base, see `fingerprint.py`; written when an adapter is saved, and compared before it is
-            loaded. `None` loads it on any base.
+            What tells the base model, see `storage/fingerprint.py`; written when an adapter is saved, and compared
+            before it is loaded. `None` loads it on any base.
+        singular_bases (`dict[str, str]`, *optional*):
+            For modules whose singular vectors another machine or dtype could rotate, what settles the rotation, see
+            `maths/basis.py`; written when an adapter is saved.
         checkpoint_digest (`str`, *optional*):
-            What tells a damaged file; written when an adapter is saved, compared when its folder is read.
+            Digest of the values; written when an adapter is saved, verified when its folder is read.
         task_type, inference_mode, base_model_name_or_path, revision:
             As in every PEFT configuration.
 
@@ -167,20 +172,20 @@ class TinyLoraConfig(PeftConfig):
         },
     )
     base_fingerprint: Optional[dict] = field(
-        default=None, metadata={"help": "What proves the base; written when saved, None loads the adapter on any."}
+        default=None, metadata={"help": "What tells the base; written when saved, None loads the adapter on any."}
+    )
+    singular_bases: Optional[dict] = field(
+        default=None, metadata={"help": "What settles rotations of singular vectors; written when saved."}
     )
     checkpoint_digest: Optional[str] = field(
-        default=None, metadata={"help": "What tells a damaged file; written when saved."}
+        default=None, metadata={"help": "Digest of the values; written when saved."}
     )
 
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = TinyLoraPeftType.TRL_TINYLORA
-        # Fields as the adapter that is being saved has them: a configuration may serve several models.
-        self._of_saved = {}
-        self._saved_values = None
-        # Shape of the values in the folder that this configuration was read from.
-        self._stored_shape: Optional[tuple[int, ...]] = None
+        # Of the folder that was last read or written with this configuration, which may serve several models.
+        self._saved: Optional[SavedAdapter] = None
         _check_count("r", self.r)
         _check_count("u", self.u)
         if self.n_tie != "all":
@@ -258,8 +263,6 @@ class TinyLoraConfig(PeftConfig):
         Raises:
             ValueError: If `n_values` is below 1, or not to be had and `exact=True`.
         """
-        from .tuner.targets import resolve_target_modules, skeleton
-
         _check_count("n_values", n_values)
         fixed_u, fixed_n_tie = fields.pop("u", None), fields.pop("n_tie", None)
         draft = cls(**fields)
@@ -275,12 +278,12 @@ class TinyLoraConfig(PeftConfig):
         )
         if count != n_values:
             message = (
-                f"no TinyLoRA configuration with r={draft.r} and tying={draft.tying!r} on {len(names)} modules trains "
+                f"No TinyLoRA configuration with r={draft.r} and tying={draft.tying!r} on {len(names)} modules trains "
                 f"exactly {n_values} values; the nearest, u={u} and n_tie={n_tie!r}, trains {count}."
             )
             if exact:
-                raise ValueError(message[0].upper() + message[1:])
-            warnings.warn(message[0].upper() + message[1:], UserWarning, stacklevel=2)
+                raise ValueError(message)
+            warnings.warn(message, UserWarning, stacklevel=2)
         return cls(u=u, n_tie=n_tie, **fields)
 
     @classmethod
@@ -316,19 +319,19 @@ class TinyLoraConfig(PeftConfig):
                 folder = os.path.dirname(path)
         tensors = read_folder(folder, config.checkpoint_digest)
         if tensors is not None:
-            config._stored_shape = tuple(tensors[VALUES].shape)
+            config.singular_bases = config.singular_bases or former_bases(tensors)
+            config._saved = SavedAdapter(
+                tensors[VALUES], config.base_fingerprint, config.singular_bases, config.checkpoint_digest
+            )
         return config
 
     def to_dict(self) -> dict:
-        """Returns the fields that are saved, those of the base and the digest as of the adapter last saved with them.
+        """Returns the fields that are saved; those that follow from a model as the folder last read or written has them.
 
         Returns:
             `dict`
         """
-        fields = super().to_dict() | self._of_saved
-        # As PEFT's own `runtime_config`: an adapter says nothing of the machine that it was trained on.
-        del fields["merge_restore"]
-        return fields
+        return super().to_dict() | ({} if self._saved is None else self._saved.fields())
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """Writes adapter_config.json, whole or not at all, and what the adapter is into the folder's model card.
@@ -342,12 +345,9 @@ class TinyLoraConfig(PeftConfig):
             super().save_pretrained(save_directory, **kwargs)
         with written_whole(os.path.join(save_directory, CONFIG_NAME)) as scratch:
             super().save_pretrained(str(scratch.parent), **kwargs)
-        if self._saved_values is not None:
-            put_section(
-                save_directory,
-                "trl_tinylora",
-                describe(self, self._saved_values, self._of_saved["base_fingerprint"]),
-            )
+        # Under ZeRO-3 and FSDP2 the other processes have nothing to save.
+        if self._saved is not None and self._saved.values_GK is not None:
+            put_section(save_directory, "trl_tinylora", describe(self.to_dict(), self._saved.values_GK))
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs) -> dict:

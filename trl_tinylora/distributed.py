@@ -41,7 +41,7 @@ def is_partitioned(parameter: torch.Tensor) -> bool:
     return hasattr(parameter, "ds_shape") and parameter.shape != parameter.ds_shape
 
 
-def is_spread(parameter: torch.Tensor) -> bool:
+def is_sharded(parameter: torch.Tensor) -> bool:
     """Returns whether the tensor is spread over processes, whether or not it is gathered at the moment.
 
     Args:
@@ -113,7 +113,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def spread_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Returns a whole tensor, the same on every process, spread as another one is.
 
     Args:

@@ -22,6 +22,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+import trl_tinylora.tuner.steps
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from arguments import resume_point
@@ -37,7 +38,6 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 import trl_tinylora.storage.cache
 import trl_tinylora.tuner.model
-import trl_tinylora.tuner.steps
 from trl_tinylora import TinyLoraConfig
 from trl_tinylora.distributed import gathered, whole
 from trl_tinylora.maths.decomposition import mix

@@ -34,8 +34,8 @@ def test_merging_into_a_partitioned_weight_is_refused_with_the_way_out(tiny_qwen
 def test_ordinary_tensors_are_handed_on(tiny_qwen2):
     tensor = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3))
     assert distributed.full_shape(tensor) == (2, 3)
-    assert not distributed.is_partitioned(tensor) and not distributed.is_spread(tensor)
-    assert distributed.whole(tensor) is tensor and distributed.spread_like(tensor, tensor) is tensor
+    assert not distributed.is_partitioned(tensor) and not distributed.is_sharded(tensor)
+    assert distributed.whole(tensor) is tensor and distributed.shard_like(tensor, tensor) is tensor
     with distributed.gathered([tensor]):
         assert tensor.shape == (2, 3)
 

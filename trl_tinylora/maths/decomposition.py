@@ -237,18 +237,30 @@ def in_pieces(weight_OI: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return weight_OI.split(max(rows // 400, SMALLEST_PIECE // columns, 1))
 
 
+def relative_error(weight_OI: torch.Tensor, largest: float) -> float:
+    """Returns by how much rounding to bfloat16 and another computation change a weight, over its largest singular value.
+
+    Args:
+        weight_OI (`torch.Tensor`): Shape `(out_features, in_features)`.
+        largest (`float`): Its largest singular value, above 0.
+
+    Returns:
+        `float`: Of an entry between two singular vectors.
+    """
+    squares = sum(
+        torch.linalg.vector_norm(part / torch.tensor(largest).to(part), dtype=torch.float64).square()
+        for part in in_pieces(weight_OI)
+    )
+    return BFLOAT16_ROUNDING * (squares.item() / weight_OI.numel()) ** 0.5 + RESIDUAL_ELSEWHERE
+
+
 def _uncertainty(weight_OI: torch.Tensor, sigma: torch.Tensor, rank: int) -> float:
     # First-order perturbation theory: an error's entry between two singular vectors, over the gap of their values.
     sigma = torch.cat([sigma.double(), sigma.new_zeros(1, dtype=torch.float64)])[: rank + 1]
     if sigma[0] == 0:
         return 1.0
-    squares = sum(
-        torch.linalg.vector_norm(part / sigma[0].to(part), dtype=torch.float64).square()
-        for part in in_pieces(weight_OI)
-    )
-    error = BFLOAT16_ROUNDING * (squares.item() / weight_OI.numel()) ** 0.5 + RESIDUAL_ELSEWHERE
     gap = (-sigma.diff()).min().item() / sigma[0].item()
-    return min(error / gap, 1.0) if gap > 0 else 1.0
+    return min(relative_error(weight_OI, sigma[0].item()) / gap, 1.0) if gap > 0 else 1.0
 
 
 def _full_svd(matrix_OI: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

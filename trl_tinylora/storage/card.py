@@ -5,37 +5,33 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Optional
+from typing import Optional
 
 import torch
 
 from .atomic_write import written_whole
 
 
-if TYPE_CHECKING:
-    from ..config import TinyLoraConfig
-
-
 CARD = "README.md"
 MOST_VALUES = 128
 
 
-def describe(config: TinyLoraConfig, values_GK: torch.Tensor, fingerprint: Mapping) -> str:
+def describe(fields: Mapping, values_GK: torch.Tensor) -> str:
     """
     Returns what an adapter is, for its model card: formula, values, base, how to load it.
 
     Args:
-        config ([`TinyLoraConfig`]): Its configuration.
+        fields (`Mapping`): Those of its adapter_config.json.
         values_GK (`torch.Tensor`): The values as they are saved, shape `(groups, u)`.
-        fingerprint (`Mapping`): What proves the base.
 
     Returns:
         `str`: Markdown.
     """
     count = values_GK.numel()
     n_bytes, dtype = count * values_GK.element_size(), str(values_GK.dtype).removeprefix("torch.")
-    base = config.base_model_name_or_path
-    revision = f" (revision {config.revision})" if config.revision else ""
+    base, fingerprint = fields["base_model_name_or_path"], fields["base_fingerprint"]
+    r, seed, n_tie, tying = (fields[name] for name in ("r", "projection_seed", "n_tie", "tying"))
+    revision = f" (revision {fields['revision']})" if fields["revision"] else ""
     listed = "\n".join(" ".join(f"{value:.8g}" for value in row) for row in values_GK.float().tolist())
     shown = f"\n```\n{listed}\n```\n" if count <= MOST_VALUES else ""
     folder = "this/folder/or/repository"
@@ -46,14 +42,14 @@ Parameters" ([arXiv:2602.04118](https://arxiv.org/abs/2602.04118)): in each of {
 
     W' = W + U S (sum_k v_k P_k) V^T
 
-with U, S, V the truncated SVD of W at rank {config.r}, P fixed matrices (seed {config.projection_seed}) and v the \
-values: {values_GK.shape[0]} groups of {values_GK.shape[1]}, n_tie = {config.n_tie}, {config.tying}.
+with U, S, V the truncated SVD of W at rank {fields["r"]}, P fixed matrices (seed {fields["projection_seed"]}) and v the \
+values: {values_GK.shape[0]} groups of {values_GK.shape[1]}, n_tie = {fields["n_tie"]}, {fields["tying"]}.
 {shown}
-Base model: {f"`{base}`" if base else "not named"}{revision}. The weights of its adapted modules are proved by \
-`base_fingerprint` in adapter_config.json (modules {fingerprint["names"]}); another base is refused.
+Base model: {f"`{base}`" if base else "not named"}{revision}. `base_fingerprint` in adapter_config.json tells its \
+weights (modules {fingerprint["names"]}); another base is refused.
 
 ```python
-import trl_tinylora  # pip install trl-tinylora
+import trl_tinylora  # registers the adapter's type: without it, PEFT raises KeyError: 'TRL_TINYLORA'
 from peft import AutoPeftModelForCausalLM
 
 model = AutoPeftModelForCausalLM.from_pretrained("{folder}")

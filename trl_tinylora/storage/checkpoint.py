@@ -1,25 +1,54 @@
-"""What an adapter's file holds, and how a damaged or foreign one is told before a model is touched."""
+"""What a saved adapter is, and how a damaged or foreign one is refused before a model is touched."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Optional
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+
+from ..maths.basis import encode
 
 
 # PEFT puts it before every key of a file, whatever wrapped the model.
 PREFIX = "base_model.model."
 # The parameter's name without the adapter's, which is what transformers looks for.
 VALUES = "tinylora_bank.trl_tinylora_v.lora_magnitude_vector"
-# `trl_tinylora_factors.<module>.left` and `.right`, of modules whose singular vectors another machine could turn.
-FACTORS = "trl_tinylora_factors."
-SIDES = (".left", ".right")
+# Earlier versions stored the factors of uncertain modules: `trl_tinylora_factors.<module>.left` and `.right`.
+FORMER_FACTORS, FORMER_RIGHT = "trl_tinylora_factors.", ".right"
 # Radians: the effect of an adapter is right to about this share of itself where its factors are computed again.
 MAX_UNCERTAINTY = 0.02
+
+
+class SavedAdapter(NamedTuple):
+    """
+    What makes an adapter's folder: the values in its file, and what its configuration says of the model.
+
+    Args:
+        values_GK (`torch.Tensor` or `None`): v as it is in the file, shape `(groups, u)`; `None` on processes that have
+            nothing to save.
+        base_fingerprint (`dict` or `None`): What tells the base model, see `fingerprint.py`.
+        singular_bases (`dict[str, str]`): Of modules whose singular vectors another machine or dtype could rotate, what
+            settles the rotation, see `maths/basis.py`.
+        checkpoint_digest (`str` or `None`): [`digest`] of the values.
+    """
+
+    values_GK: Optional[torch.Tensor]
+    base_fingerprint: Optional[dict]
+    singular_bases: dict[str, str]
+    checkpoint_digest: Optional[str]
+
+    def fields(self) -> dict:
+        """Returns the fields for `adapter_config.json`.
+
+        Returns:
+            `dict`
+        """
+        return {name: value for name, value in self._asdict().items() if name != "values_GK"}
 
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -40,43 +69,32 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def own_tensors(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns what of a checkpoint is this package's, under [`VALUES`] and names that begin with [`FACTORS`].
+    """Returns what of a checkpoint is this package's, under names without PEFT's prefix.
 
     Args:
         state_dict (`Mapping[str, torch.Tensor]`): What a checkpoint holds, by name.
 
     Returns:
-        `dict[str, torch.Tensor]`
+        `dict[str, torch.Tensor]`: The values under [`VALUES`], and what earlier versions stored.
     """
     named = {name.removeprefix(PREFIX): tensor for name, tensor in state_dict.items()}
-    return {name: tensor for name, tensor in named.items() if name == VALUES or name.startswith(FACTORS)}
+    return {name: tensor for name, tensor in named.items() if name.startswith((VALUES, FORMER_FACTORS))}
 
 
-def stored_factors(own: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Returns the factors that a checkpoint holds, U S and V^T by module.
-
-    Args:
-        own (`Mapping[str, torch.Tensor]`): As [`own_tensors`] returns.
-
-    Returns:
-        `dict[str, tuple[torch.Tensor, torch.Tensor]]`
-    """
-    left, right = SIDES
-    modules = [name.removeprefix(FACTORS).removesuffix(left) for name in own if name.endswith(left)]
-    return {name: (own[FACTORS + name + left], own[FACTORS + name + right]) for name in modules}
-
-
-def same_factor(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Returns whether two computations of a factor agree to what float32 gives.
+def former_bases(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Returns the `singular_bases` of a checkpoint that an earlier version wrote, with whole factors.
 
     Args:
-        first (`torch.Tensor`): U S or V^T.
-        second (`torch.Tensor`): The same of another computation, of the same shape.
+        tensors (`Mapping[str, torch.Tensor]`): As [`own_tensors`] returns.
 
     Returns:
-        `bool`
+        `dict[str, str]`: Empty where it holds none.
     """
-    return bool(torch.linalg.vector_norm(first - second) <= 1e-4 * torch.linalg.vector_norm(second))
+    return {
+        name.removeprefix(FORMER_FACTORS).removesuffix(FORMER_RIGHT): encode(tensor)
+        for name, tensor in tensors.items()
+        if name.startswith(FORMER_FACTORS) and name.endswith(FORMER_RIGHT)
+    }
 
 
 def refuse_unfit_values(tensors: Mapping[str, torch.Tensor]) -> None:
@@ -147,7 +165,7 @@ def read_folder(folder: str | os.PathLike, expected_digest: str | None = None) -
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
-            own = {name for name in names if name.removeprefix(PREFIX).startswith((VALUES, FACTORS))}
+            own = {name for name in names if name.removeprefix(PREFIX).startswith((VALUES, FORMER_FACTORS))}
             tensors = {name.removeprefix(PREFIX): file.get_tensor(name) for name in own or names[:3]}
     except SafetensorError as error:
         raise ValueError(

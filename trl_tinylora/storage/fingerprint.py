@@ -1,5 +1,5 @@
 """
-What proves a base model: a few numbers for each adapted weight, that a change of dtype leaves and other weights change.
+What tells a base model: a few numbers for each adapted weight, that a change of dtype leaves and other weights change.
 
 A probe of a weight W is `a^T W b / sqrt(out_features * in_features)`, with random signs a and b that follow from the
 module's name. A change E of the weight moves it by about the root mean square entry of E. So, in units of the root mean
@@ -20,14 +20,12 @@ import torch
 from ..maths.decomposition import BFLOAT16_ROUNDING, frozen_stream, in_pieces
 
 
-# An adapter keeps at least this many numbers, so that one of few modules is proved as well.
+# An adapter keeps at least this many numbers, so that the base of one with few modules is told as well.
 FEWEST_NUMBERS = 64
 # Of the root mean square over all probes, and of a single one: rounding to bfloat16 makes BFLOAT16_ROUNDING.
 TOLERANCE = 2.2 * BFLOAT16_ROUNDING
 SINGLE_TOLERANCE = 6 * BFLOAT16_ROUNDING
 UNRELATED = 0.3
-# Below this, which float32 sums in another order make, the weights are the same bits.
-SAME_BITS = 1e-6
 
 
 class Probe(NamedTuple):
@@ -51,15 +49,16 @@ class Measured(NamedTuple):
 
     Args:
         probe ([`Probe`]): Its part in a fingerprint.
-        uncertainty (`float`): As of [`~trl_tinylora.maths.decomposition.Factors`].
+        basis (`str` or `None`): Where another machine or dtype could rotate its singular vectors, what settles the
+            rotation, see `maths/basis.py`.
     """
 
     probe: Probe
-    uncertainty: float
+    basis: Optional[str]
 
 
 def probes_needed(modules: int) -> int:
-    """Returns how many probes of each module prove an adapter of this many modules.
+    """Returns how many probes of each module are kept for an adapter of this many modules.
 
     Args:
         modules (`int`): Number of adapted modules.
@@ -118,17 +117,13 @@ def fingerprint(probes: Mapping[str, Probe]) -> dict:
     }
 
 
-def refuse_another_base(expected: Mapping, probes: Mapping[str, Probe]) -> float:
+def refuse_another_base(expected: Mapping, probes: Mapping[str, Probe]) -> None:
     """
-    Returns by how much the base differs from the one that an adapter was trained on, and raises if that is more
-    than a change of dtype.
+    Raises where the base differs from the one that an adapter was trained on by more than a change of dtype.
 
     Args:
         expected (`Mapping`): The adapter's [`fingerprint`].
         probes (`Mapping[str, Probe]`): Of each module that it would adapt here, by name, in depth order.
-
-    Returns:
-        `float`: Root mean square change of the probes, in units of the weights' size.
 
     Raises:
         ValueError: If the base differs; the message says in what.
@@ -150,7 +145,7 @@ def refuse_another_base(expected: Mapping, probes: Mapping[str, Probe]) -> float
     moved = np.abs(here - there) / scale
     overall, single = float(np.sqrt((moved**2).mean())), moved.max(axis=1)
     if overall <= TOLERANCE and single.max() <= SINGLE_TOLERANCE:
-        return overall
+        return
     other = [name for name, most in zip(names, single, strict=True) if most > SINGLE_TOLERANCE] or list(names)
     kind = "other weights" if overall > UNRELATED else "a quantised, fine-tuned, merged or revised variant of its base"
     raise ValueError(

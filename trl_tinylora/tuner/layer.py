@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Optional
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..distributed import is_partitioned
-from .bank import Plan, TinyLoraBank, TinyLoraLayer, Vectors
+from .bank import TinyLoraBank, TinyLoraLayer
+from .gradient import AddUpdate
 from .merging import Kept, Listed, Update, refuse_not_finite, way_back
-from .sides import Place, Side, is_alone, side_of
-from .steps import HiddenStep, InputStep, UpdateStep, add_update, enter, never_traced, to_hidden, without_autocast
+from .mixed_batch import update_of_rows
+from .plan import Plan
+from .values import Vectors
 
 
 class Linear(nn.Module, TinyLoraLayer):
@@ -38,24 +39,24 @@ class Linear(nn.Module, TinyLoraLayer):
         # A tuple, so that the bank does not become a child of every layer.
         self._bank = (bank,)
         # No buffers: DDP broadcasts those before every forward pass, megabytes beside the 52 bytes of a gradient.
-        self._factors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        # What the last pass found of the active adapters, and when: see `_places`.
-        self._places_at: tuple = (None,)
+        self._factors: dict[Hashable, tuple[torch.Tensor, torch.Tensor]] = {}
+        # The same on the device and in the dtype of a pass: a cast costs as much as one of the small products.
+        self._cast_factors: dict[Hashable, tuple[torch.Tensor, torch.Tensor]] = {}
         self.merged_adapters = []
         # The way back, while adapters are merged.
         self._way_back: Optional[Kept | Listed] = None
         self._disable_adapters = False
 
-    def factors(self, rank: int) -> Optional[tuple[torch.Tensor, torch.Tensor]]:
-        """Returns U S and V^T at a rank, or None where no adapter of that rank was added.
+    def factors(self, key: Hashable) -> Optional[tuple[torch.Tensor, torch.Tensor]]:
+        """Returns U S and V^T, or None where no adapter with these factors was added.
 
         Args:
-            rank (`int`): The rank.
+            key (`Hashable`): [`Plan.factor_key`] of this module.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]` of shapes `(out_features, rank)` and `(rank, in_features)`, or `None`.
+            `tuple[torch.Tensor, torch.Tensor]` of shapes `(out_features, r)` and `(r, in_features)`, or `None`.
         """
-        return self._factors.get(rank)
+        return self._factors.get(key)
 
     def factors_of(self, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns U S and V^T as the adapters of a plan use them.
@@ -64,24 +65,25 @@ class Linear(nn.Module, TinyLoraLayer):
             plan ([`Plan`]): One that has this module.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]` of shapes `(out_features, rank)` and `(rank, in_features)`.
+            `tuple[torch.Tensor, torch.Tensor]` of shapes `(out_features, r)` and `(r, in_features)`.
         """
-        return plan.own_factors.get(self.name) or self._factors[plan.rank]
+        return self._factors[plan.factor_key(self.name)]
 
-    def keep_factors(self, rank: int, factors: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Keeps the factors for adapters of a rank, unless that was done before.
+    def keep_factors(self, key: Hashable, factors: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Keeps factors for the adapters that use them, unless that was done before.
 
         Args:
-            rank (`int`): The rank.
-            factors (`tuple[torch.Tensor, torch.Tensor]`): U S and V^T at that rank.
+            key (`Hashable`): [`Plan.factor_key`] of this module.
+            factors (`tuple[torch.Tensor, torch.Tensor]`): U S and V^T.
         """
-        self._factors.setdefault(rank, factors)
+        self._factors.setdefault(key, factors)
 
     def drop_unused_factors(self) -> None:
-        """Forgets the factors of ranks that no adapter of this module has."""
-        used = {plan.rank for plan in self._bank[0].plans if self.name in plan.index}
+        """Forgets the factors that no adapter of this module uses."""
+        used = {plan.factor_key(self.name) for plan in self._bank[0].plans if self.name in plan.index}
         if not used.issuperset(self._factors):
-            self._factors = {rank: factors for rank, factors in self._factors.items() if rank in used}
+            self._factors = {key: factors for key, factors in self._factors.items() if key in used}
+            self._cast_factors.clear()
 
     @property
     def active_adapter(self) -> str | list[str]:
@@ -111,8 +113,8 @@ class Linear(nn.Module, TinyLoraLayer):
             # A list of entries holds in one dtype only.
             original = fn(self._way_back.original(self.get_base_layer().weight))
             self._way_back = Kept(self._way_back.update.to(original.device), original)
-        self._factors = {rank: tuple(fn(factor) for factor in factors) for rank, factors in self._factors.items()}
-        self._places_at = (None,)
+        self._factors = {key: tuple(fn(factor) for factor in factors) for key, factors in self._factors.items()}
+        self._cast_factors.clear()
         return super()._apply(fn, recurse)
 
     def place(self, adapter_name: str) -> Optional[tuple[Vectors, int]]:
@@ -146,68 +148,28 @@ class Linear(nn.Module, TinyLoraLayer):
             self.unmerge()
         if self.disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
-        rows = self._bank[0].rows
-        if rows is not None:
-            result = self.base_layer(x, *args, **kwargs)
-            for plan, mixing_BRR in rows.of(self.name, x).items():
-                result = result + self._update_of_rows(x, plan, mixing_BRR).to(result.dtype)
+        return self._add_updates(self.base_layer(x, *args, **kwargs), x)
+
+    # Traced by torch.compile, the gradient of R would be lost: it goes to a buffer, which a graph does not have.
+    @torch.compiler.disable
+    def _add_updates(self, result: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        batch = self._bank[0].mixed_batch
+        if batch is not None:
+            for plan, mixing_BRR in batch.of(self.name, x):
+                left_OR, right_RI = self._factors_like(plan, x)
+                result = result + update_of_rows(x, left_OR, mixing_BRR, right_RI).to(result.dtype)
             return result
-        inner_x, updates = self._before_base(x)
-        return self._after_base(self.base_layer(inner_x, *args, **kwargs), updates)
-
-    @never_traced
-    def _before_base(self, x: torch.Tensor) -> tuple[torch.Tensor, list[tuple]]:
-        # The x for the base layer, and what is added behind it: a part, its V^T x, and x where the sum has a backward
-        # pass of its own.
-        places, linear = self._places(x)
-        has_graph = torch.is_grad_enabled() and x.requires_grad
-        through_base, updates = [], []
-        for place in places:
-            part = place.part()
-            if place.goes_through(linear.weight):
-                through_base.append(part)
-            elif has_graph:
-                updates.append((part, HiddenStep.apply(x, part), x))
-            else:
-                updates.append((part, to_hidden(x, part.right_RI), None))
-        if through_base:
-            adds = side_of(x, linear.weight.dtype, len(through_base[0].left_OR)) is Side.INPUT
-            if has_graph:
-                x, *hidden = InputStep.apply(x, through_base, adds, is_alone(self.base_layer))
-            else:
-                x, *hidden = enter(x, through_base, adds)
-            if not adds:
-                updates += [(part, hidden_RT, None) for part, hidden_RT in zip(through_base, hidden, strict=True)]
-        return x, updates
-
-    @never_traced
-    def _after_base(self, result: torch.Tensor, updates: list[tuple]) -> torch.Tensor:
-        for part, hidden_RT, x in updates:
-            may_overwrite = is_alone(self.base_layer)
-            if x is None:
-                result = add_update(result, hidden_RT, part, may_overwrite)
-            else:
-                result = UpdateStep.apply(result, hidden_RT, x, part, may_overwrite)
+        for vectors, index in filter(None, map(self.place, self.active_adapters)):
+            left_OR, right_RI = self._factors_like(vectors.plan, x)
+            mixing_RR, add_gradient = vectors.mixing_of_pass(index), vectors.gradient_hook(index)
+            result = AddUpdate.apply(result, x, left_OR, right_RI, mixing_RR, add_gradient)
         return result
 
-    def _places(self, x: torch.Tensor) -> tuple[list[Place], nn.Module]:
-        # Looked up and cast once, for each of that takes as long as one of the small products.
-        active = self.active_adapters
-        key = self._bank[0].changes, tuple(active), x.dtype, x.device
-        if self._places_at[0] != key:
-            found = []
-            for vectors, index in filter(None, map(self.place, active)):
-                is_own = self.name not in vectors.plan.own_factors
-                found.append(Place.of(vectors, index, self.factors_of(vectors.plan), x, is_own))
-            self._places_at = key, found, self.get_base_layer()
-        return self._places_at[1:]
-
-    def _update_of_rows(self, x: torch.Tensor, plan: Plan, mixing_BRR: torch.Tensor) -> torch.Tensor:
-        left_OR, right_RI = (factor.to(x.device, x.dtype) for factor in self.factors_of(plan))
-        with without_autocast(x):
-            hidden_R = F.linear(x, right_RI).to(torch.promote_types(x.dtype, mixing_BRR.dtype))
-            mixed_R = _mix_each_row(hidden_R, mixing_BRR.to(x.device, hidden_R.dtype))
-            return F.linear(mixed_R.to(x.dtype), left_OR)
+    def _factors_like(self, plan: Plan, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        key = plan.factor_key(self.name), x.device, x.dtype
+        if key not in self._cast_factors:
+            self._cast_factors[key] = tuple(factor.to(x.device, x.dtype) for factor in self.factors_of(plan))
+        return self._cast_factors[key]
 
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
@@ -229,7 +191,7 @@ class Linear(nn.Module, TinyLoraLayer):
             for name in adapter_names:
                 vectors, index = self.place(name)
                 left_OR, right_RI = (factor.to(device, dtype) for factor in self.factors_of(vectors.plan))
-                mixed_OR = left_OR @ vectors.mixing(index).to(device, dtype)
+                mixed_OR = left_OR @ vectors.mixings(slice(index, index + 1))[0].to(device, dtype)
                 is_transposed = isinstance(self.get_base_layer(), Conv1D)
                 terms.append((right_RI.mT, mixed_OR.mT) if is_transposed else (mixed_OR, right_RI))
         return Update(terms)
@@ -319,9 +281,3 @@ class Linear(nn.Module, TinyLoraLayer):
 
     def __repr__(self) -> str:
         return "trl_tinylora." + super().__repr__()
-
-
-def _mix_each_row(hidden_BR: torch.Tensor, mixing_BRR: torch.Tensor) -> torch.Tensor:
-    # As (rows, tokens, r), whatever stands between the rows and the last dimension.
-    hidden_BTR = hidden_BR.reshape(len(hidden_BR), -1, hidden_BR.shape[-1])
-    return torch.bmm(hidden_BTR, mixing_BRR.mT).reshape(hidden_BR.shape)

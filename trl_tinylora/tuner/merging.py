@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..distributed import is_partitioned, is_spread, put, spread_like, standing, whole
+from ..distributed import is_partitioned, is_sharded, put, shard_like, standing, whole
 from ..maths.decomposition import sum_of_outer_products
 
 
@@ -122,7 +122,7 @@ class Kept:
         """
         if isinstance(weight, DTensor):
             wide = weight.data.to(self.update.terms[0][0].dtype)
-            merged = (wide + spread_like(self.update.whole(), wide)).to(weight.dtype)
+            merged = (wide + shard_like(self.update.whole(), wide)).to(weight.dtype)
         else:
             merged = torch.empty_like(weight.data)
             for rows in self.update.chunks():
@@ -259,7 +259,7 @@ def way_back(update: Update, weight: nn.Parameter, asked_for: Sequence[str]) -> 
     # They may have been changed since the configuration was made.
     for way in asked_for:
         refuse_unknown_way(way)
-    if is_spread(weight):
+    if is_sharded(weight):
         return Kept(update)
     if "sparse" in asked_for:
         return Listed(update)

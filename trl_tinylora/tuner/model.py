@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from contextlib import contextmanager
 from typing import Optional
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
-from tqdm import tqdm
 
 from ..config import TinyLoraConfig
-from ..distributed import gathered, is_spread, same_on_all, whole
-from ..storage.cache import cached_svd
+from ..distributed import is_sharded
+from ..maths.tying import count_groups
 from ..storage.checkpoint import (
-    FACTORS,
     PREFIX,
-    SIDES,
     VALUES,
+    SavedAdapter,
     digest,
     own_tensors,
     refuse_unfit_shape,
     refuse_unfit_values,
-    same_factor,
-    stored_factors,
 )
-from ..storage.fingerprint import SAME_BITS, Measured, probes_needed, refuse_another_base, take_probe
-from .bank import Plan, Rows, TinyLoraBank, TinyLoraLayer, Vectors
+from ..storage.fingerprint import fingerprint, refuse_another_base
+from .bank import TinyLoraBank, TinyLoraLayer
+from .build import ModuleTree, compute_factors, first_block, recover_factors
 from .layer import Linear
-from .targets import as_OI, resolve_target_modules, unwrap
+from .mixed_batch import MixedBatch
+from .plan import Plan
+from .targets import resolve_target_modules
+from .values import Vectors
 
 
 BANK = "tinylora_bank"
@@ -88,9 +87,9 @@ class TinyLoraModel(BaseTuner):
         if not isinstance(config, TinyLoraConfig):
             raise ValueError(f"expected a TinyLoraConfig for {adapter_name!r}, got {type(config).__name__}.")
         bank: Optional[TinyLoraBank] = getattr(model, BANK, None)
-        plan = None if bank is None else bank.find_plan(config)
+        plan = None if bank is None else bank.plan_in_same_words(config)
         if plan is not None and not _trains_more_than_values(config):
-            self._refuse_another_base(adapter_name, config, plan)
+            self._refuse_unfit(adapter_name, config, plan.probes, plan.shape)
             # PEFT's own injection looks at every module and every adapter there is; here nothing is left to wrap.
             bank.add(adapter_name, Vectors(plan, _device(plan, low_cpu_mem_usage), config))
             config.target_modules = copy.copy(plan.target_modules)
@@ -99,34 +98,37 @@ class TinyLoraModel(BaseTuner):
         block_name = first_block(model, names)
         if config.n_tie == "all" or config.n_tie > len(names):
             config.warn_if_redundant(len(names))
-        factors, measured = compute_factors(model, names, config.r)
-        plan = None if bank is None else bank.find_plan(config, names)
-        if plan is None:
-            plan = Plan(config, names, block_name, factors[names[0]][0].device, measured)
-        self._refuse_another_base(adapter_name, config, plan)
+        factors, measured = compute_factors(model, bank, names, config.r)
+        shape = count_groups(names, config.n_tie, config.tying), config.u
+        self._refuse_unfit(adapter_name, config, {name: measured[name].probe for name in names}, shape)
+        recovered = recover_factors(model, factors, config)
+        rotated = {name: config.singular_bases[name] for name in recovered}
+        plan = Plan(config, names, block_name, factors[names[0]][0].device, measured, rotated)
+        if bank is not None:
+            plan = bank.same_plan(plan)
         as_asked_for = Plan.targets_of(config)
-        self._injection = Vectors(plan, _device(plan, low_cpu_mem_usage), config), factors
-        state = _tree_of(model)
+        self._injection = Vectors(plan, _device(plan, low_cpu_mem_usage), config), factors | recovered
+        tree = ModuleTree(model)
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         except Exception:
             # PEFT looks at `modules_to_save` and `trainable_token_indices` last, when the layers are in place.
             if hasattr(model, BANK):
                 self.bank.delete_adapter(adapter_name)
-            _restore_tree(model, state)
+            tree.restore()
             raise
         finally:
             del self._injection
         # PEFT has put names in the place of "all-linear".
         plan.target_modules = copy.copy(config.target_modules)
         plan.targets |= {as_asked_for, Plan.targets_of(config)}
-        _place_hooks(model, block_name, self.bank)
+        self.bank.place_hooks(model, block_name)
 
-    def _refuse_another_base(self, adapter_name: str, config: TinyLoraConfig, plan: Plan) -> None:
+    def _refuse_unfit(self, adapter_name: str, config: TinyLoraConfig, probes: dict, shape: tuple[int, int]) -> None:
         # A configuration that was read from a folder has these; nothing is changed yet.
         if config.base_fingerprint is not None:
             try:
-                moved = refuse_another_base(config.base_fingerprint, plan.probes)
+                refuse_another_base(config.base_fingerprint, probes)
             except ValueError as error:
                 raise ValueError(
                     f"this is not the base model of the adapter {adapter_name!r}: {error}. Load it on "
@@ -134,16 +136,14 @@ class TinyLoraModel(BaseTuner):
                     "this model all the same, pass `config=config` with `config.base_fingerprint = None`, from "
                     "`config = PeftConfig.from_pretrained(...)`."
                 ) from error
-            # transformers' own loader leaves the factors in the file unread; the same weights give them again.
-            unread = config.base_fingerprint["stored"] and config._stored_shape is None
-            if unread and (moved > SAME_BITS or plan.has_arbitrary_factors):
+            if config.base_fingerprint.get("stored") and not config.singular_bases:
                 raise NotImplementedError(
-                    f"the adapter {adapter_name!r} holds the singular vectors of {config.base_fingerprint['stored']} "
-                    "modules, where they are not certain, and this loader does not read them. Load it with "
-                    "`peft.PeftModel.from_pretrained`."
+                    f"the adapter {adapter_name!r} was saved by an earlier version, with factors that this loader does "
+                    "not read. Load it with `peft.PeftModel.from_pretrained`, and save it again."
                 )
-        if config._stored_shape is not None:
-            refuse_unfit_shape(config._stored_shape, plan.shape)
+        # Only a folder gives a configuration a digest.
+        if config._saved is not None and config.checkpoint_digest is not None:
+            refuse_unfit_shape(config._saved.values_GK.shape, shape)
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
@@ -158,7 +158,7 @@ class TinyLoraModel(BaseTuner):
             layer = Linear(target, current_key, self.bank)
             self._replace_module(parent, target_name, layer, target)
             target = layer
-        target.keep_factors(vectors.plan.rank, factors[current_key])
+        target.keep_factors(vectors.plan.factor_key(current_key), factors[current_key])
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
         # PEFT's own also reassigns the weight of what is unloaded, which a wrapper of trained tokens does not allow.
@@ -245,9 +245,7 @@ class TinyLoraModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        for module in model.modules():
-            _remove_hook(module, "_trl_tinylora_hook")
-            _remove_hook(module, "_trl_tinylora_calls_blocks")
+        getattr(model, BANK).remove_hooks()
         delattr(model, BANK)
         return model
 
@@ -263,11 +261,11 @@ class TinyLoraModel(BaseTuner):
         if isinstance(num_beams, int):
             # Beam search repeats each row, one beam after another.
             names = [name for name in names for _ in range(num_beams)]
-        self.bank.rows = Rows([None if name == BASE_ROW else self.bank.vectors(name) for name in names])
+        self.bank.mixed_batch = MixedBatch([None if name == BASE_ROW else self.bank.vectors(name) for name in names])
         try:
             yield
         finally:
-            self.bank.rows = None
+            self.bank.mixed_batch = None
 
     def _check_rows(self, adapter_names: list[str]) -> None:
         """What can be told of a batch whose rows have adapters of their own before it is seen."""
@@ -288,7 +286,7 @@ class TinyLoraModel(BaseTuner):
                     f"{name!r} has trained modules or tokens beside its values, which cannot differ between the rows "
                     "of a batch. Leave it out and make another adapter active, or run its rows as a batch of their own."
                 )
-        if any(is_spread(self.bank.vectors(name).values_GK) for name in names):
+        if any(is_sharded(self.bank.vectors(name).values_GK) for name in names):
             raise NotImplementedError(
                 "`adapter_names` needs the values whole in each process, and ZeRO-3 or FSDP2 has spread them. Load the "
                 "adapters on an ordinary model, or run the rows of each adapter as a batch of their own."
@@ -299,137 +297,28 @@ class TinyLoraModel(BaseTuner):
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         vectors = _bank_of(model).vectors(adapter_name)
         values = f"{BANK}.trl_tinylora_v.{adapter_name}.lora_magnitude_vector"
-        own = {}
+        saved_GK = None
         for key in found:
             if key.removeprefix(PREFIX) == values:
-                found[key] = own[VALUES] = found[key].to(getattr(torch, config.save_dtype))
-        layers = _layers_of(model)
-        for name in vectors.plan.uncertain:
-            for side, factor in zip(SIDES, layers[name].factors_of(vectors.plan), strict=True):
-                own[FACTORS + name + side] = factor
-        fingerprint = vectors.plan.fingerprint
-        config._of_saved = {"base_fingerprint": fingerprint, "checkpoint_digest": digest(own)}
+                found[key] = saved_GK = found[key].to(getattr(torch, config.save_dtype))
         # Under ZeRO-3 and FSDP2 the other processes have nothing to save.
-        config._saved_values = own.get(VALUES)
-        return found | {name: factor for name, factor in own.items() if name != VALUES}
+        found_digest = None if saved_GK is None else digest({VALUES: saved_GK})
+        plan = vectors.plan
+        config._saved = SavedAdapter(saved_GK, fingerprint(plan.probes), plan.singular_bases, found_digest)
+        return found
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        bank, own = _bank_of(model), own_tensors(state_dict)
-        plan = bank.vectors(adapter_name).plan
+        own = own_tensors(state_dict)
         refuse_unfit_values(own or state_dict)
-        refuse_unfit_shape(own[VALUES].shape, plan.shape)
-        layers, theirs = _layers_of(model), {}
-        for name, stored in stored_factors(own).items():
-            computed = layers[name].factors_of(plan)
-            stored = tuple(factor.to(mine) for factor, mine in zip(stored, computed, strict=True))
-            if not all(map(same_factor, stored, computed)):
-                theirs[name] = stored
-        if theirs:
-            bank.change_plan(adapter_name, plan.with_own_factors(theirs))
+        refuse_unfit_shape(own[VALUES].shape, _bank_of(model).vectors(adapter_name).shape)
         state_dict = {name: tensor for name, tensor in state_dict.items() if name.removeprefix(PREFIX) not in own}
         state_dict[PREFIX + VALUES] = own[VALUES].float()
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
-def compute_factors(
-    model: nn.Module, names: list[str], rank: int
-) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], dict[str, Measured]]:
-    """Returns U S and V^T of each module, taken from an adapter of the same rank where there is one.
-
-    Args:
-        model (`torch.nn.Module`): The base model.
-        names (`list[str]`): Names of the modules.
-        rank (`int`): The rank.
-
-    Returns:
-        `tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], dict[str, Measured]]`
-
-    Raises:
-        ValueError: If a weight has non-finite entries or is on the meta device; the message names the module.
-    """
-    factors, measured = {}, {}
-    needed = probes_needed(len(names))
-    for name in tqdm(names, desc="TinyLoRA: singular vectors", delay=3, leave=False):
-        module = model.get_submodule(name)
-        known = module.factors(rank) if isinstance(module, Linear) else None
-        before = None if known is None else getattr(model, BANK).measured(name, rank)
-        if before is not None and len(before.probe.values) >= needed:
-            factors[name], measured[name] = known, before
-            continue
-        linear = unwrap(module)
-        if linear.weight.is_meta:
-            raise ValueError(
-                f"the weight of {name} is on the meta device: it has no values yet. Load the model's weights first "
-                "(`from_pretrained` without `device_map='meta'` or `init_empty_weights`; under FSDP with "
-                "`fsdp_cpu_ram_efficient_loading: false`, for otherwise only the first process has them)."
-            )
-        must_gather = is_spread(linear.weight)
-        try:
-            # One weight at a time: what is whole at any moment is small beside the model.
-            with gathered([linear.weight]):
-                weight = module.unmerged_weight() if isinstance(module, Linear) else linear.weight.data
-                weight_OI = as_OI(linear, whole(weight))
-                left_OR, right_RI, uncertainty = (
-                    cached_svd(weight_OI, rank) if before is None else (*known, before.uncertainty)
-                )
-                measured[name] = Measured(take_probe(name, weight_OI, needed), uncertainty)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        factors[name] = left_OR, right_RI
-        if must_gather:
-            same_on_all(factors[name])
-    return factors, measured
-
-
 def _bank_of(model: nn.Module) -> TinyLoraBank:
     return next(module for module in model.modules() if isinstance(module, TinyLoraBank))
-
-
-def first_block(model: nn.Module, names: list[str]) -> str:
-    """
-    Returns the name of the module whose input all adapted modules depend on: the sink's place.
-
-    That is the first adapted member of a list of blocks (`model.layers.0`); the model itself, "", where there is none.
-
-    Args:
-        model (`torch.nn.Module`): The base model.
-        names (`list[str]`): Names of the adapted modules in depth order.
-
-    Returns:
-        `str`
-
-    Raises:
-        NotImplementedError: If a module does not lie in the same list of blocks.
-    """
-
-    def block_of(name: str) -> str:
-        parts = name.split(".")
-        for length in range(1, len(parts)):
-            if isinstance(model.get_submodule(".".join(parts[:length])), nn.ModuleList):
-                return ".".join(parts[: length + 1])
-        return ""
-
-    blocks = [block_of(name) for name in names]
-    lists = Counter(block.rpartition(".")[0] for block in blocks)
-    if len(lists) > 1 or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        home = lists.most_common(1)[0][0]
-        stray = next((n for n, b in zip(names, blocks, strict=True) if b.rpartition(".")[0] != home), names[0])
-        raise NotImplementedError(
-            f"{stray} does not lie in the list of blocks {home!r} with the other adapted modules. TinyLoRA adapts one "
-            "stack of decoder blocks: leave modules outside it (a vision tower, an encoder, a head) out with "
-            "`exclude_modules`."
-        )
-    return blocks[0]
-
-
-def _layers_of(model: nn.Module) -> dict[str, Linear]:
-    return {module.name: module for module in model.modules() if isinstance(module, Linear)}
-
-
-def _tree_of(model: nn.Module) -> tuple[list, list]:
-    modules = [(module, dict(module._modules)) for module in model.modules()]
-    return modules, [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
 
 def _trains_more_than_values(config: TinyLoraConfig) -> bool:
@@ -439,33 +328,3 @@ def _trains_more_than_values(config: TinyLoraConfig) -> bool:
 def _device(plan: Plan, low_cpu_mem_usage: bool) -> torch.device:
     # Only what the checkpoint brings is left open.
     return torch.device("meta") if low_cpu_mem_usage else plan.groups_M.device
-
-
-def _restore_tree(model: nn.Module, state: tuple[list, list]) -> None:
-    modules, parameters = state
-    for module, children in modules:
-        module._modules.clear()
-        module._modules.update(children)
-        if isinstance(module, Linear):
-            module.drop_unused_factors()
-    for parameter, requires_grad in parameters:
-        parameter.requires_grad_(requires_grad)
-
-
-def _place_hooks(model: nn.Module, name: str, bank: TinyLoraBank) -> None:
-    # What calls the blocks: their list and a dictionary of modules around it have no forward of their own.
-    caller = name
-    while caller and (caller == name or type(model.get_submodule(caller)).forward is nn.Module.forward):
-        caller = caller.rpartition(".")[0]
-    block, caller = model.get_submodule(name), model.get_submodule(caller)
-    _remove_hook(block, "_trl_tinylora_hook")
-    block._trl_tinylora_block = name
-    block._trl_tinylora_hook = block.register_forward_pre_hook(bank.before_first_block, with_kwargs=True)
-    _remove_hook(caller, "_trl_tinylora_calls_blocks")
-    caller._trl_tinylora_calls_blocks = caller.register_forward_pre_hook(bank.before_blocks, prepend=True)
-
-
-def _remove_hook(module: nn.Module, attribute: str) -> None:
-    if hasattr(module, attribute):
-        getattr(module, attribute).remove()
-        delattr(module, attribute)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Union
+from typing import TYPE_CHECKING, Union
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
@@ -12,8 +12,11 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from ..config import TinyLoraConfig
 from ..distributed import full_shape, refuse_tensor_parallel
+
+
+if TYPE_CHECKING:
+    from ..config import TinyLoraConfig
 
 
 # Conv1D keeps its weight as (in_features, out_features).

@@ -29,9 +29,10 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..distributed import gathered, whole
-from ..tuner.bank import Plan, Vectors
 from ..tuner.layer import Linear
+from ..tuner.plan import Plan
 from ..tuner.targets import as_OI
+from ..tuner.values import Vectors
 
 
 if TYPE_CHECKING:

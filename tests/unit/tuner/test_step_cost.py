@@ -9,19 +9,19 @@ import shutil
 import peft
 import pytest
 import torch
+import trl_tinylora.tuner.steps
 from peft import get_peft_model
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from trl_tinylora.tuner.steps import HiddenStep, InputStep
 
-import trl_tinylora.tuner.steps
 from trl_tinylora import TinyLoraConfig
 from trl_tinylora.maths.decomposition import mix
 from trl_tinylora.tuner.bank import TinyLoraBank, Vectors
 from trl_tinylora.tuner.layer import Linear
-from trl_tinylora.tuner.steps import HiddenStep, InputStep
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

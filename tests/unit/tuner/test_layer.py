@@ -5,15 +5,15 @@ those of plain autograd in float64 through `W + U S R V^T`. CPU, seconds.
 
 import pytest
 import torch
+import trl_tinylora.tuner.steps
 from peft import get_peft_model
 from tiny import layers_of
 from torch import nn
 from torch.func import functional_call
+from trl_tinylora.tuner.sides import Place, Side, side_of
 
-import trl_tinylora.tuner.steps
 from trl_tinylora import TinyLoraConfig
 from trl_tinylora.maths.decomposition import mix
-from trl_tinylora.tuner.sides import Place, Side, side_of
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

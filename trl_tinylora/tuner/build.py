@@ -1,0 +1,168 @@
+"""What is done to a model before it carries an adapter, and how all of it is undone where something fails."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Optional
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..config import TinyLoraConfig
+from ..distributed import gathered, is_sharded, same_on_all, whole
+from ..maths.basis import encode_basis, has_basis, recover_basis
+from ..maths.decomposition import truncated_svd
+from ..storage.checkpoint import MAX_UNCERTAINTY
+from ..storage.fingerprint import Measured, probes_needed, take_probe
+from .bank import TinyLoraBank
+from .layer import Linear
+from .targets import as_OI, unwrap
+
+
+def compute_factors(
+    model: nn.Module, bank: Optional[TinyLoraBank], names: list[str], rank: int
+) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], dict[str, Measured]]:
+    """Returns U S and V^T of each module, taken from an adapter of the same rank where there is one.
+
+    Args:
+        model (`torch.nn.Module`): The base model.
+        bank ([`TinyLoraBank`] or `None`): Its bank, where it has adapters.
+        names (`list[str]`): Names of the modules.
+        rank (`int`): The rank.
+
+    Returns:
+        `tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], dict[str, Measured]]`
+
+    Raises:
+        ValueError: If a weight has non-finite entries or is on the meta device; the message names the module.
+    """
+    factors, measured = {}, {}
+    needed = probes_needed(len(names))
+    for name in tqdm(names, desc="TinyLoRA: singular vectors", delay=3, leave=False):
+        module = model.get_submodule(name)
+        known = module.factors((rank, None)) if isinstance(module, Linear) else None
+        before = None if known is None else bank.measured(name, rank)
+        if before is not None and len(before.probe.values) >= needed:
+            factors[name], measured[name] = known, before
+            continue
+        with _whole_weight(name, module) as weight_OI:
+            if before is None:
+                left_OR, right_RI, uncertainty = truncated_svd(weight_OI, rank)
+                is_certain = uncertainty <= MAX_UNCERTAINTY
+                basis = None if is_certain else encode_basis(name, weight_OI, right_RI, MAX_UNCERTAINTY)
+            else:
+                (left_OR, right_RI), basis = known, before.basis
+            measured[name] = Measured(take_probe(name, weight_OI, needed), basis)
+        factors[name] = left_OR, right_RI
+        if is_sharded(unwrap(module).weight):
+            same_on_all(factors[name])
+    return factors, measured
+
+
+def recover_factors(
+    model: nn.Module, factors: dict[str, tuple[torch.Tensor, torch.Tensor]], config: TinyLoraConfig
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Returns U S and V^T of the modules where a saved adapter used other singular vectors than this machine computes.
+
+    Args:
+        model (`torch.nn.Module`): The base model.
+        factors (`dict[str, tuple[torch.Tensor, torch.Tensor]]`): As [`compute_factors`] returns.
+        config ([`TinyLoraConfig`]): The adapter's configuration.
+
+    Returns:
+        `dict[str, tuple[torch.Tensor, torch.Tensor]]`: Empty where there is none.
+    """
+    recovered = {}
+    for name, basis in (config.singular_bases or {}).items():
+        if name not in factors or has_basis(name, factors[name][1], basis):
+            continue
+        module = model.get_submodule(name)
+        known = module.factors((config.r, basis)) if isinstance(module, Linear) else None
+        if known is None:
+            with _whole_weight(name, module) as weight_OI:
+                known = recover_basis(name, weight_OI, config.r, basis)
+            if is_sharded(unwrap(module).weight):
+                same_on_all(known)
+        recovered[name] = known
+    return recovered
+
+
+@contextmanager
+def _whole_weight(name: str, module: nn.Module) -> Iterator[torch.Tensor]:
+    """A module's weight without adapters, gathered where it is sharded: one at a time is small beside the model."""
+    linear = unwrap(module)
+    if linear.weight.is_meta:
+        raise ValueError(
+            f"the weight of {name} is on the meta device: it has no values yet. Load the model's weights first "
+            "(`from_pretrained` without `device_map='meta'` or `init_empty_weights`; under FSDP with "
+            "`fsdp_cpu_ram_efficient_loading: false`, for otherwise only the first process has them)."
+        )
+    try:
+        with gathered([linear.weight]):
+            weight = module.unmerged_weight() if isinstance(module, Linear) else linear.weight.data
+            yield as_OI(linear, whole(weight))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def first_block(model: nn.Module, names: list[str]) -> str:
+    """
+    Returns the name of the module whose input all adapted modules depend on: the sink's place.
+
+    That is the first adapted member of a list of blocks (`model.layers.0`); the model itself, "", where there is none.
+
+    Args:
+        model (`torch.nn.Module`): The base model.
+        names (`list[str]`): Names of the adapted modules in depth order.
+
+    Returns:
+        `str`
+
+    Raises:
+        NotImplementedError: If a module does not lie in the same list of blocks.
+    """
+
+    def block_of(name: str) -> str:
+        parts = name.split(".")
+        for length in range(1, len(parts)):
+            if isinstance(model.get_submodule(".".join(parts[:length])), nn.ModuleList):
+                return ".".join(parts[: length + 1])
+        return ""
+
+    blocks = [block_of(name) for name in names]
+    lists = Counter(block.rpartition(".")[0] for block in blocks)
+    if len(lists) > 1 or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        home = lists.most_common(1)[0][0]
+        stray = next((n for n, b in zip(names, blocks, strict=True) if b.rpartition(".")[0] != home), names[0])
+        raise NotImplementedError(
+            f"{stray} does not lie in the list of blocks {home!r} with the other adapted modules. TinyLoRA adapts one "
+            "stack of decoder blocks: leave modules outside it (a vision tower, an encoder, a head) out with "
+            "`exclude_modules`."
+        )
+    return blocks[0]
+
+
+class ModuleTree:
+    """
+    The modules of a model as they are, to be restored where an injection fails.
+
+    Args:
+        model (`torch.nn.Module`): The base model.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._children = [(module, dict(module._modules)) for module in model.modules()]
+        self._trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def restore(self) -> None:
+        """Puts every module back in its place, and every parameter's `requires_grad`."""
+        for module, children in self._children:
+            module._modules.clear()
+            module._modules.update(children)
+            if isinstance(module, Linear):
+                module.drop_unused_factors()
+        for parameter, requires_grad in self._trained:
+            parameter.requires_grad_(requires_grad)

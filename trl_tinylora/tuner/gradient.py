@@ -1,0 +1,133 @@
+"""
+The gradient of the trained values, which arrives once per backward pass however many modules share them.
+
+    result = W x + U S R V^T x          R = sum_k v_k P_k (arXiv:2602.04118, section 4)
+    dR = ((U S)^T g) (V^T x)^T          g: the gradient of the result
+    dx = W^T g + V R^T (U S)^T g
+
+A tied vector v is a leaf that hundreds of modules use. Under reentrant checkpointing autograd would accumulate such a
+leaf once per checkpointed block, which breaks DeepSpeed ZeRO-2 and 3 and is silently wrong under DDP. So each module's
+[`AddUpdate`] adds dR to a [`GradientBuffer`], and v is used by autograd in one place: [`GradientSink`], in front of the
+first adapted block, whose backward pass runs after those of all modules behind it and turns the buffer into dv.
+
+Suffixes as in `maths/decomposition.py`; T counts tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+
+class GradientBuffer:
+    """The gradient of every module's R, summed over the backward passes of the modules."""
+
+    def __init__(self):
+        self._grad_MRR: Optional[torch.Tensor] = None
+
+    def add(self, index: int, grad_RR: torch.Tensor, n_modules: int) -> None:
+        """Adds to the gradient of one module's R.
+
+        Args:
+            index (`int`): Position of the module among the adapted ones.
+            grad_RR (`torch.Tensor`): Gradient, shape `(r, r)`, dtype float32 or wider.
+            n_modules (`int`): Number of adapted modules.
+        """
+        if self._grad_MRR is None:
+            self._grad_MRR = grad_RR.new_zeros(n_modules, *grad_RR.shape)
+        self._grad_MRR[index].add_(grad_RR.to(self._grad_MRR))
+
+    def take(self) -> Optional[torch.Tensor]:
+        """Empties the buffer and returns what it held.
+
+        Returns:
+            `torch.Tensor` of shape `(modules, r, r)`, or `None` where nothing was added.
+        """
+        grad_MRR, self._grad_MRR = self._grad_MRR, None
+        return grad_MRR
+
+
+class GradientSink(torch.autograd.Function):
+    """
+    The hidden states unchanged; the backward pass gives v its gradient.
+
+    Args:
+        hidden (`torch.Tensor`): What enters the first adapted block.
+        values_GK (`torch.Tensor`): v, shape `(groups, u)`.
+        collect (`Callable`): Returns the gradient of v, shape `(groups, u)`, once all modules have added theirs.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: torch.Tensor, values_GK: torch.Tensor, collect: Callable[[], torch.Tensor]):
+        ctx.collect = collect
+        return hidden.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_hidden):
+        return grad_hidden, ctx.collect() if ctx.needs_input_grad[1] else None, None
+
+
+class AddUpdate(torch.autograd.Function):
+    """
+    `result + U S R V^T x`. Of the tokens only `V^T x` is kept for the backward pass: r numbers each.
+
+    The large products run in the dtype of x, those of r x r matrices in float32 or wider.
+
+    Args:
+        result (`torch.Tensor`): The base layer's output, shape `(..., out_features)`.
+        x (`torch.Tensor`): Its input, shape `(..., in_features)`.
+        left_OR (`torch.Tensor`): U S, shape `(out_features, r)`, device and dtype of x.
+        right_RI (`torch.Tensor`): V^T, shape `(r, in_features)`, device and dtype of x.
+        mixing_RR (`torch.Tensor`): R, shape `(r, r)`, dtype float32 or wider.
+        add_gradient (`Callable` or `None`): Called with the gradient of R; `None` where v is frozen.
+    """
+
+    @staticmethod
+    def forward(ctx, result, x, left_OR, right_RI, mixing_RR, add_gradient):
+        with without_autocast(x):
+            hidden_TR = F.linear(_flat(x), right_RI)
+            mixing_RR = mixing_RR.to(x.device, torch.promote_types(x.dtype, mixing_RR.dtype))
+            mixed_TR = F.linear(hidden_TR.to(mixing_RR.dtype), mixing_RR).to(x.dtype)
+            ctx.save_for_backward(hidden_TR)
+            ctx.factors, ctx.add_gradient, ctx.x_shape = (left_OR, right_RI, mixing_RR), add_gradient, x.shape
+            if result.dtype == x.dtype:
+                # One pass over the output, and one rounding.
+                return torch.addmm(_flat(result), mixed_TR, left_OR.mT).view(result.shape)
+            return result + F.linear(mixed_TR, left_OR).view(result.shape).to(result.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (hidden_TR,), (left_OR, right_RI, mixing_RR) = ctx.saved_tensors, ctx.factors
+        grad_x = None
+        with without_autocast(grad):
+            grad_mixed_TR = (_flat(grad).to(left_OR.dtype) @ left_OR).to(mixing_RR.dtype)
+            if ctx.add_gradient is not None:
+                ctx.add_gradient(grad_mixed_TR.mT @ hidden_TR.to(mixing_RR.dtype))
+            if ctx.needs_input_grad[1]:
+                grad_x = ((grad_mixed_TR @ mixing_RR).to(right_RI.dtype) @ right_RI).view(ctx.x_shape)
+        return grad, grad_x, None, None, None, None
+
+
+def without_autocast(like: torch.Tensor) -> AbstractContextManager:
+    """Returns a context in which products run in the dtype of what they are given.
+
+    Args:
+        like (`torch.Tensor`): A tensor on the device where they run.
+
+    Returns:
+        A context manager.
+    """
+    # Entering autocast costs as much as one of the small products, also to turn off what is off.
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def _flat(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden.reshape(-1, hidden.shape[-1])

@@ -1,0 +1,170 @@
+"""What adapters have in common that differ in their values alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+import torch
+
+from ..config import TinyLoraConfig
+from ..maths.decomposition import basis_projections, gaussian_projections
+from ..maths.tying import assign_groups, count_groups
+from ..storage.fingerprint import Measured, Probe
+
+
+class Plan:
+    """
+    Modules, rank, groups and projections of adapters that differ in their values alone.
+
+    A model keeps one plan for all such adapters, so that another one costs its values and a few references to it.
+
+    Args:
+        config ([`TinyLoraConfig`]): The configuration of one of the adapters.
+        names (`list[str]`): Names of the adapted modules in depth order.
+        first_block (`str`): Name of the block whose input they all depend on.
+        device (`torch.device`): Where the values live.
+        measured (`dict[str, Measured]`): What is known of each module's weight beside its factors.
+        rotated (`dict[str, str]`): Of modules where the adapters use other singular vectors than this machine computes,
+            what settles them, see `maths/basis.py`.
+    """
+
+    FIELDS = ("r", "u", "n_tie", "tying", "projection", "projection_seed")
+
+    def __init__(
+        self,
+        config: TinyLoraConfig,
+        names: list[str],
+        first_block: str,
+        device: torch.device,
+        measured: dict[str, Measured],
+        rotated: dict[str, str],
+    ):
+        self.fields = self.fields_of(config)
+        self.rank = config.r
+        self.shape = (count_groups(names, config.n_tie, config.tying), config.u)
+        self.first_block = first_block
+        # Position of each module among the adapted ones.
+        self.index = {name: index for index, name in enumerate(names)}
+        # Configurations that name these modules, what PEFT makes of them, and the adapters that follow the plan.
+        self.targets: set[tuple] = set()
+        self.target_modules = config.target_modules
+        self.adapters: set[str] = set()
+        self.measured = measured
+        self.rotated = rotated
+        if config.projection == "basis":
+            projections = basis_projections(config.u, config.r).expand(len(names), -1, -1, -1)
+        else:
+            projections = torch.stack(
+                [gaussian_projections(name, config.u, config.r, config.projection_seed) for name in names]
+            )
+        # No buffers: DDP broadcasts those before every forward pass.
+        self.projections_MKRR = projections.to(device)
+        self.groups_M = torch.tensor(assign_groups(names, config.n_tie, config.tying)).to(device)
+
+    @classmethod
+    def fields_of(cls, config: TinyLoraConfig) -> dict:
+        """Returns the fields of a configuration that a plan depends on, apart from the modules.
+
+        Args:
+            config ([`TinyLoraConfig`]): Any adapter's.
+
+        Returns:
+            `dict`
+        """
+        return {field: getattr(config, field) for field in cls.FIELDS}
+
+    @staticmethod
+    def targets_of(config: TinyLoraConfig) -> tuple:
+        """Returns the fields of a configuration that choose the modules, as something to look up.
+
+        Args:
+            config ([`TinyLoraConfig`]): Any adapter's.
+
+        Returns:
+            `tuple`
+        """
+        asked_for = config.target_modules, config.exclude_modules, config.layers_to_transform, config.layers_pattern
+        return tuple(
+            frozenset(value) if isinstance(value, set) else tuple(value) if isinstance(value, list) else value
+            for value in asked_for
+        )
+
+    @property
+    def factors_key(self) -> Hashable:
+        """Equal for plans whose modules have the same factors."""
+        return self.rank, frozenset(self.rotated.items())
+
+    def factor_key(self, module: str) -> Hashable:
+        """Returns what is equal for plans with the same factors of one module.
+
+        Args:
+            module (`str`): Its name.
+
+        Returns:
+            `Hashable`
+        """
+        return self.rank, self.rotated.get(module)
+
+    @property
+    def probes(self) -> dict[str, Probe]:
+        """Each module's part in the base's fingerprint, by name, in depth order."""
+        return {name: self.measured[name].probe for name in self.index}
+
+    @property
+    def singular_bases(self) -> dict[str, str]:
+        """Of each module whose singular vectors another machine or dtype could rotate, what settles the rotation."""
+        found = {name: self.rotated.get(name) or self.measured[name].basis for name in self.index}
+        return {name: basis for name, basis in found.items() if basis is not None}
+
+    def serves(self, config: TinyLoraConfig) -> bool:
+        """Returns whether an adapter with these modules may follow the plan.
+
+        Args:
+            config ([`TinyLoraConfig`]): Its configuration.
+
+        Returns:
+            `bool`
+        """
+        if self.fields != self.fields_of(config):
+            return False
+        return config.singular_bases == self.singular_bases if config.singular_bases else not self.rotated
+
+    def differences(self, other: Plan) -> list[str]:
+        """Returns what sets two plans apart, a phrase for each field.
+
+        Args:
+            other ([`Plan`]): Another plan.
+
+        Returns:
+            `list[str]`: Empty where the values of one may stand in for those of the other.
+        """
+        phrases = [
+            f"{field} ({value!r} and {other.fields[field]!r})"
+            for field, value in self.fields.items()
+            if value != other.fields[field]
+        ]
+        if list(self.index) != list(other.index):
+            phrases.append(f"the adapted modules ({len(self.index)} and {len(other.index)} of them)")
+        if self.rotated != other.rotated:
+            phrases.append("the bases of singular vectors that came with a checkpoint")
+        return phrases
+
+    def frozen(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the group and the projections of each module, as [`mix`] and [`unmix`] take them.
+
+        Args:
+            device (`torch.device`): Where an adapter's values live.
+            dtype (`torch.dtype`): What is computed in.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]` of shapes `(modules,)` and `(modules, u, r, r)`.
+        """
+        return self.groups_M.to(device), self.projections_MKRR.to(device, dtype)
+
+    def apply(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Moves the frozen tensors to another device or dtype.
+
+        Args:
+            fn (`Callable`): What `torch.nn.Module` applies to its tensors.
+        """
+        self.groups_M, self.projections_MKRR = fn(self.groups_M), fn(self.projections_MKRR)

@@ -1,0 +1,154 @@
+"""The trained values of one adapter, and every module's R that follows from them."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Optional
+
+import torch
+from torch import nn
+
+from ..config import TinyLoraConfig
+from ..distributed import gathered, is_sharded, whole
+from ..maths.decomposition import mix, unmix
+from .gradient import GradientBuffer, GradientSink, without_autocast
+from .plan import Plan
+
+
+class Vectors(nn.Module):
+    """
+    The trained values v of one adapter, and R = sum_k v_k P_k of all its modules in one product.
+
+    Args:
+        plan ([`Plan`]): What the adapter shares with others.
+        device (`torch.device`): Where the values live; on the meta device they are left open.
+        config ([`TinyLoraConfig`]): The adapter's configuration.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device, config: TinyLoraConfig):
+        super().__init__()
+        self.plan = plan
+        self.config = config
+        # TRL casts every trainable parameter of a quantised model to bfloat16, where small updates stall, unless its
+        # name holds this token (trl v1.16.0, trl/trainer/grpo_trainer.py:536-541).
+        self.lora_magnitude_vector = nn.Parameter(
+            torch.zeros(plan.shape, dtype=torch.float32, device=device), requires_grad=False
+        )
+        self.is_trained = False
+        self.buffer = GradientBuffer()
+        # Every module's R as of the last pass, and the state of the values that it was computed from.
+        self._mixing_MRR: Optional[torch.Tensor] = None
+        self._computed_from: Optional[tuple] = None
+
+    @property
+    def values_GK(self) -> torch.Tensor:
+        """v, shape (groups, u), dtype float32; under ZeRO-3 and FSDP2 this process's shard of it between passes."""
+        return self.lora_magnitude_vector
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the whole values, (groups, u)."""
+        return self.plan.shape
+
+    def set_trained(self, is_trained: bool) -> None:
+        """Sets whether the values are trained.
+
+        Args:
+            is_trained (`bool`): Whether they are.
+        """
+        self.is_trained = is_trained
+        if self.values_GK.requires_grad != is_trained:
+            self.values_GK.requires_grad_(is_trained)
+
+    @torch.no_grad()
+    def whole_values(self) -> torch.Tensor:
+        """Returns a copy of v, gathered from all processes where it is sharded: shape (groups, u)."""
+        with gathered([self.values_GK]):
+            return whole(self.values_GK).clone()
+
+    @torch.no_grad()
+    def mixings(self, modules: slice = slice(None)) -> torch.Tensor:
+        """Returns R of modules from the present values, gathered from all processes where they are sharded.
+
+        Args:
+            modules (`slice`, *optional*): Their positions among the adapted ones; all by default.
+
+        Returns:
+            `torch.Tensor` of shape `(modules, r, r)`, dtype float32 or wider.
+        """
+        return self._mix(self.whole_values(), modules)
+
+    def mixing_of_pass(self, index: int) -> torch.Tensor:
+        """Returns R of one module as of the forward pass under way.
+
+        Args:
+            index (`int`): Position of the module among the adapted ones.
+
+        Returns:
+            `torch.Tensor` of shape `(r, r)`, dtype float32 or wider.
+
+        Raises:
+            RuntimeError: If the layer was reached without a pass through the first adapted block.
+        """
+        if self._mixing_MRR is None or self._computed_from != self._state_of_values():
+            raise RuntimeError(
+                "an adapted layer was called outside the model's forward pass: TinyLoRA computes every module's update "
+                "where the hidden states enter the first adapted block. Call the whole model."
+            )
+        return self._mixing_MRR[index]
+
+    def begin_pass(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Computes every module's R, without a graph, and puts the gradient sink on the hidden states.
+
+        Args:
+            hidden (`torch.Tensor`): What enters the first adapted block.
+
+        Returns:
+            `torch.Tensor`: The same values.
+        """
+        with torch.no_grad(), without_autocast(self.values_GK):
+            self._mixing_MRR = self._mix(self.values_GK, slice(None))
+        self._computed_from = self._state_of_values()
+        # Empty outside a backward pass: only one that failed half-way leaves something behind.
+        if torch._C._current_graph_task_id() == -1:
+            self.buffer.take()
+        if not (torch.is_grad_enabled() and self.values_GK.requires_grad):
+            return hidden
+        return GradientSink.apply(hidden, self.values_GK, self.collect)
+
+    def gradient_hook(self, index: int) -> Optional[partial]:
+        """Returns what takes the gradient of one module's R, or None where the values are frozen.
+
+        Args:
+            index (`int`): Position of the module among the adapted ones.
+
+        Returns:
+            `Callable` or `None`
+        """
+        if not self.values_GK.requires_grad:
+            return None
+        return partial(self.buffer.add, index, n_modules=len(self.plan.index))
+
+    def collect(self) -> torch.Tensor:
+        """Empties the buffer and returns the gradient of v that it held, shape (groups, u)."""
+        grad_MRR = self.buffer.take()
+        if grad_MRR is None:
+            return torch.zeros(self.shape, dtype=self.values_GK.dtype, device=self.values_GK.device)
+        grad_MRR = grad_MRR.to(self.values_GK.device)
+        groups_M, projections_MKRR = self.plan.frozen(grad_MRR.device, grad_MRR.dtype)
+        return unmix(grad_MRR, groups_M, projections_MKRR, self.shape[0]).to(self.values_GK.dtype)
+
+    def _mix(self, values_GK: torch.Tensor, modules: slice) -> torch.Tensor:
+        dtype = torch.promote_types(values_GK.dtype, torch.float32)
+        groups_M, projections_MKRR = self.plan.frozen(values_GK.device, dtype)
+        return mix(values_GK.to(dtype), groups_M[modules], projections_MKRR[modules])
+
+    def _state_of_values(self) -> tuple:
+        # Gathered anew for every use, sharded values lie elsewhere each time, and in the layers they are not whole.
+        values_GK = self.values_GK
+        return () if is_sharded(values_GK) else (values_GK.data_ptr(), values_GK._version)
+
+    def _apply(self, fn, recurse=True):
+        self._mixing_MRR = None
+        self.buffer.take()
+        return super()._apply(fn, recurse)
