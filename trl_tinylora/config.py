@@ -20,7 +20,6 @@ from .maths.tying import TYINGS
 from .storage.atomic_write import written_whole
 from .storage.card import describe, put_section
 from .storage.checkpoint import VALUES, SavedAdapter, former_bases, read_folder
-from .tuner.merging import refuse_unknown_way
 from .tuner.targets import resolve_target_modules, skeleton
 
 
@@ -92,14 +91,6 @@ class TinyLoraConfig(PeftConfig):
         save_dtype (`str`, *optional*, defaults to `"float32"`):
             Dtype of the values in the file: `"float32"`, `"bfloat16"` or `"float16"` (13 values: 52, 26 or 26 bytes).
             They are trained in float32 whatever it is.
-        merge_restore (`str`, *optional*, defaults to `"auto"`):
-            How the base weights come back, bit for bit, when a merged adapter is unmerged. `"keep"` sets the original
-            tensors aside: the fastest, and one more copy of every adapted weight while merged. `"sparse"` keeps the
-            entries alone that subtracting the update would not bring back: slower, and 0.1% to 25% of a copy, the more
-            the larger the values. `"auto"` keeps a tensor unless less than a sixteenth of the GPU's memory would stay
-            free. What ZeRO-3 or FSDP2 spreads is kept always. Of several adapters in one weight, one that asks for
-            `"sparse"` has its way, else one that asks for `"keep"`. It is a matter of the machine and is not saved; it
-            may be changed in `model.peft_config[name]` at any time.
         base_fingerprint (`dict`, *optional*):
             What tells the base model, see `storage/fingerprint.py`; written when an adapter is saved, and compared
             before it is loaded. `None` loads it on any base.
@@ -165,12 +156,6 @@ class TinyLoraConfig(PeftConfig):
     save_dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="float32", metadata={"help": "Dtype of the values in the file."}
     )
-    merge_restore: Literal["auto", "keep", "sparse"] = field(
-        default="auto",
-        metadata={
-            "help": "How base weights come back after a merge: 'keep' a copy, 'sparse' list, or 'auto'; not saved."
-        },
-    )
     base_fingerprint: Optional[dict] = field(
         default=None, metadata={"help": "What tells the base; written when saved, None loads the adapter on any."}
     )
@@ -198,7 +183,6 @@ class TinyLoraConfig(PeftConfig):
             raise ValueError(f"`projection` must be one of {PROJECTIONS}, got {self.projection!r}.")
         if self.save_dtype not in SAVE_DTYPES:
             raise ValueError(f"`save_dtype` must be one of {SAVE_DTYPES}, got {self.save_dtype!r}.")
-        refuse_unknown_way(self.merge_restore)
         if isinstance(self.projection_seed, bool) or not isinstance(self.projection_seed, int):
             raise TypeError(f"`projection_seed` must be an integer, got {self.projection_seed!r}.")
         if not 0 <= self.projection_seed < 2**32:

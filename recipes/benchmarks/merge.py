@@ -1,18 +1,18 @@
 """
-What merging an adapter and taking it back costs, and what is left of the weights afterwards.
+What merging an adapter and restoring the weight costs, and what is left of the weight after many cycles.
 
     python recipes/benchmarks/merge.py
 
 One linear layer with a bfloat16 weight whose spectrum has large directions, as those of trained weights have. A pair is
-`merge_adapter` and `unmerge_adapter`, ours in both ways (`merge_restore`) in turns with PEFT's own TinyLoRA and with
-LoRA of the same rank. About five minutes on one CPU core.
+`merge_adapter` and `unmerge_adapter`, ours in turns with PEFT's own TinyLoRA and with LoRA of the same rank. About a
+minute on one CPU core.
 """
 
 import argparse
 import copy
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -23,12 +23,9 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.harness import Row, in_turns, parser_of, peak_bytes, ratio_of, run
+from benchmarks.harness import Row, in_turns, parser_of, peak_bytes, ratio_of, run, tensor_bytes
 
 from trl_tinylora import TinyLoraConfig
-
-
-WAYS = ("keep", "sparse")
 
 
 class OneLayer(nn.Module):
@@ -74,17 +71,15 @@ def set_value(model: peft.PeftModel, value: float) -> None:
             trained[0].fill_(value)
 
 
-def pairs(models: dict[str, peft.PeftModel]) -> dict[str, Callable[[], None]]:
-    """A merge and the way back, as a call without arguments: ours in both ways, PEFT's and LoRA's."""
+def cycle(model: peft.PeftModel) -> None:
+    """Merges and unmerges."""
+    model.merge_adapter()
+    model.unmerge_adapter()
 
-    def pair(model, way=None):
-        if way is not None:
-            model.peft_config["default"].merge_restore = way
-        model.merge_adapter()
-        model.unmerge_adapter()
 
-    others = {name: partial(pair, model) for name, model in models.items() if name != "ours"}
-    return {way: partial(pair, models["ours"], way) for way in WAYS} | others
+def cycles_of(models: dict[str, peft.PeftModel]) -> dict[str, Callable[[], None]]:
+    """A merge and unmerge of each model, as a call without arguments."""
+    return {name: partial(cycle, model) for name, model in models.items()}
 
 
 def weight_of(model: peft.PeftModel) -> torch.Tensor:
@@ -92,36 +87,13 @@ def weight_of(model: peft.PeftModel) -> torch.Tensor:
     return model.base_model.model.linear.base_layer.weight.data
 
 
-def tensors_in(holder: object) -> Iterator[torch.Tensor]:
-    """The tensors that an object holds, in its attributes and in lists and tuples there."""
-    if isinstance(holder, torch.Tensor):
-        yield holder
-    elif isinstance(holder, (list, tuple)):
-        for item in holder:
-            yield from tensors_in(item)
-    elif hasattr(holder, "__dict__"):
-        for item in vars(holder).values():
-            yield from tensors_in(item)
-
-
-def measure_held(model: peft.PeftModel, way: str) -> dict:
-    """What is held while an adapter of ours is merged.
-
-    Args:
-        model (`peft.PeftModel`): Unmerged.
-        way (`str`): A way back.
-    Returns:
-        `dict`: `bytes` of all that is needed for the way back and was not there before; and `share`, listed entries
-            over all.
-    """
-    model.peft_config["default"].merge_restore = way
-    layer, weight = model.base_model.model.linear, weight_of(model)
+def measure_held(model: peft.PeftModel) -> int:
+    """Bytes of the tensors that there are while the adapter is merged, and were not there before."""
+    before = tensor_bytes()
     model.merge_adapter()
-    shared = {factor.data_ptr() for factor in layer.factors(model.peft_config["default"].r)}
-    held = sum(tensor.nbytes for tensor in tensors_in(layer._way_back) if tensor.data_ptr() not in shared)
-    listed = sum(len(entries) for _, _, entries in getattr(layer._way_back, "parts", ()))
+    held = tensor_bytes() - before
     model.unmerge_adapter()
-    return {"bytes": held, "share": listed / weight.numel()}
+    return held
 
 
 def measure_drift(models: dict[str, peft.PeftModel], value: float, cycles: dict[str, int]) -> dict[str, float]:
@@ -130,17 +102,16 @@ def measure_drift(models: dict[str, peft.PeftModel], value: float, cycles: dict[
     Args:
         models (`dict[str, peft.PeftModel]`): As [`adapted`] returns.
         value (`float`): Every cycle has a value within plus or minus this one.
-        cycles (`dict[str, int]`): How many, by name, as [`pairs`] has them.
+        cycles (`dict[str, int]`): How many, by name.
     Returns:
         `dict[str, float]`
     """
     changed = {}
-    for name, pair in pairs(models).items():
-        model = models.get(name, models["ours"])
+    for name, model in models.items():
         before, generator = weight_of(model).clone(), torch.Generator().manual_seed(1)
         for drawn in (2 * torch.rand(cycles[name], generator=generator) - 1).tolist():
             set_value(model, value * drawn)
-            pair()
+            cycle(model)
         changed[name] = (weight_of(model).view(torch.int16) != before.view(torch.int16)).double().mean().item()
     return changed
 
@@ -148,48 +119,38 @@ def measure_drift(models: dict[str, peft.PeftModel], value: float, cycles: dict[
 def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict]:
     """All figures and their rows."""
     models, rows = adapted(OneLayer(arguments.size), arguments.rank), []
-    details = {"seconds": {}, "held": {}, "peak_bytes": {}, "drift": {}}
+    details = {"seconds": {}, "held": measure_held(models["ours"])}
     shape, n_bytes = f"{arguments.size}x{arguments.size} bf16", weight_of(models["ours"]).nbytes
 
     for value in arguments.values:
         for model in models.values():
             set_value(model, value)
-        details["seconds"][value] = times = in_turns(pairs(models), arguments.repeats)
-        details["held"][value] = {way: measure_held(models["ours"], way) for way in WAYS}
-        for way, most in zip(WAYS, (0.5, 1.6), strict=True):
-            for whose in ("PEFT TinyLoRA", "LoRA"):
-                ratio, spread = ratio_of(times[way], times[whose])
-                ours, theirs = (statistics.median(times[name]) for name in (way, whose))
-                claim, bound = f"merge and unmerge {shape}, {way}, v = {value:g}", f"at most {most} of theirs"
-                # The largest value lists the most entries: the hardest case stands for all, which are in the details.
-                if value == arguments.values[-1]:
-                    rows.append(Row(claim, ours, theirs, whose, "s", ratio, spread, bound, ratio <= most))
-    for name, pair in pairs(models).items():
-        details["peak_bytes"][name] = peak_bytes(pair)
-    # The indices are int32 beside entries of two bytes.
-    for way, held_at_most, peak_at_most in zip(WAYS, (1.01, 0.25), (1.25, 0.5), strict=True):
-        for value in (arguments.values[0], arguments.values[-1]) if way == "sparse" else arguments.values[-1:]:
-            held = details["held"][value][way]
-            ratio, claim = held["bytes"] / n_bytes, f"held while merged, {way}, v = {value:g}"
-            bound = f"at most {held_at_most:g} of the weight"
-            fits = ratio <= held_at_most
-            rows.append(Row(claim, held["bytes"], n_bytes, "the weight", "bytes", ratio, [], bound, fits))
-            if way == "sparse":
-                claim, share = f"share of entries listed, v = {value:g}", held["share"]
-                rows.append(Row(claim, share, bound="at most 0.08", holds=share <= 0.08))
-        ours, theirs = details["peak_bytes"][way], details["peak_bytes"]["PEFT TinyLoRA"]
-        claim, bound = f"peak of the pair over the weight, {way}", f"at most {peak_at_most:g}"
-        ratio, whose = ours / n_bytes, "PEFT TinyLoRA"
-        rows.append(Row(claim, ours, theirs, whose, "bytes", ratio, [], bound, ratio <= peak_at_most))
+        details["seconds"][value] = in_turns(cycles_of(models), arguments.repeats)
+    # Rows of the largest value; the others' figures are in the details.
+    value = arguments.values[-1]
+    times = details["seconds"][value]
+    for whose in ("PEFT TinyLoRA", "LoRA"):
+        ratio, spread = ratio_of(times["ours"], times[whose])
+        ours, theirs = (statistics.median(times[name]) for name in ("ours", whose))
+        claim = f"merge and unmerge {shape}, v = {value:g}"
+        rows.append(Row(claim, ours, theirs, whose, "s", ratio, spread, "at most 0.5 of theirs", ratio <= 0.5))
+
+    held, bound = details["held"], "at most 1.01 of the weight"
+    ratio = held / n_bytes
+    rows.append(Row("held while merged", held, n_bytes, "the weight", "bytes", ratio, [], bound, ratio <= 1.01))
+
+    details["peak_bytes"] = {name: peak_bytes(action) for name, action in cycles_of(models).items()}
+    ours, theirs = (details["peak_bytes"][name] for name in ("ours", "PEFT TinyLoRA"))
+    ratio, claim = ours / n_bytes, "peak of merge and unmerge over the weight"
+    rows.append(Row(claim, ours, theirs, "PEFT TinyLoRA", "bytes", ratio, [], "at most 1.25", ratio <= 1.25))
+
     drifting = adapted(OneLayer(arguments.drift_size), arguments.rank)
-    cycles = {name: arguments.our_cycles if name in WAYS else arguments.cycles for name in pairs(drifting)}
-    for value in arguments.values:
-        details["drift"][value] = drift = measure_drift(drifting, value, cycles)
-        ours, whose = max(drift[way] for way in WAYS), f"PEFT TinyLoRA after {arguments.cycles}"
-        if value != arguments.values[-1]:
-            continue
-        claim = f"share of entries changed after {arguments.our_cycles} cycles in each way, v within {value:g}"
-        rows.append(Row(claim, ours, drift["PEFT TinyLoRA"], whose, "", None, [], "0", ours == 0))
+    cycles = {name: arguments.our_cycles if name == "ours" else arguments.cycles for name in drifting}
+    details["drift"] = {each: measure_drift(drifting, each, cycles) for each in arguments.values}
+    ours, theirs = (details["drift"][value][name] for name in ("ours", "PEFT TinyLoRA"))
+    claim = f"share of entries changed after {arguments.our_cycles} cycles, v within {value:g}"
+    whose = f"PEFT TinyLoRA after {arguments.cycles}"
+    rows.append(Row(claim, ours, theirs, whose, "", None, [], "0", ours == 0))
     return rows, details
 
 

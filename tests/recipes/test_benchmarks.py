@@ -80,7 +80,7 @@ def test_one_more_adapter_is_weighed_in_both_libraries(measured):
 @in_one_worker(merge)
 def test_pefts_merges_drift_and_ours_do_not(measured):
     drift = measured(merge)[0]["details"]["drift"]["0.1"]
-    assert drift["keep"] == drift["sparse"] == 0 < drift["LoRA"]
+    assert drift["ours"] == 0 < drift["LoRA"]
 
 
 def test_growth_is_fitted_in_the_larger_half_of_the_sizes():

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from functools import partial
+from collections.abc import Hashable, Sequence
 from typing import Optional
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..distributed import is_partitioned
+from ..distributed import is_partitioned, put, standing
+from ..maths.decomposition import sum_of_outer_products
 from .bank import TinyLoraBank, TinyLoraLayer
 from .gradient import AddUpdate
-from .merging import Kept, Listed, Update, refuse_not_finite, way_back
+from .merging import merged_weight, refuse_not_finite, restore, set_aside
 from .mixed_batch import update_of_rows
 from .plan import Plan
 from .values import Vectors
@@ -43,8 +43,8 @@ class Linear(nn.Module, TinyLoraLayer):
         # The same on the device and in the dtype of a pass: a cast costs as much as one of the small products.
         self._cast_factors: dict[Hashable, tuple[torch.Tensor, torch.Tensor]] = {}
         self.merged_adapters = []
-        # The way back, while adapters are merged.
-        self._way_back: Optional[Kept | Listed] = None
+        # The base weight without adapters, while adapters are merged.
+        self._original_weight: Optional[torch.Tensor] = None
         self._disable_adapters = False
 
     def factors(self, key: Hashable) -> Optional[tuple[torch.Tensor, torch.Tensor]]:
@@ -109,10 +109,8 @@ class Linear(nn.Module, TinyLoraLayer):
         self.drop_unused_factors()
 
     def _apply(self, fn, recurse=True):
-        if self._way_back is not None:
-            # A list of entries holds in one dtype only.
-            original = fn(self._way_back.original(self.get_base_layer().weight))
-            self._way_back = Kept(self._way_back.update.to(original.device), original)
+        if self._original_weight is not None:
+            self._original_weight = fn(self._original_weight)
         self._factors = {key: tuple(fn(factor) for factor in factors) for key, factors in self._factors.items()}
         self._cast_factors.clear()
         return super()._apply(fn, recurse)
@@ -182,27 +180,32 @@ class Linear(nn.Module, TinyLoraLayer):
             `torch.Tensor` of the base weight's shape and device, dtype float32 (float64 on a float64 base).
         """
         left_OR, _ = self.factors_of(self.place(adapter_name)[0].plan)
-        return self._present_update([adapter_name], left_OR.device, left_OR.dtype).whole()
+        return sum_of_outer_products(*self._present_update([adapter_name], left_OR.device, left_OR.dtype))
 
-    def _present_update(self, adapter_names: Sequence[str], device: torch.device, dtype: torch.dtype) -> Update:
+    def _present_update(
+        self, adapter_names: Sequence[str], device: torch.device, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # `left` and `right` of `merged_weight`.
         dtype = torch.promote_types(dtype, torch.float32)
-        terms = []
+        lefts, rights = [], []
         with torch.autocast(device.type, enabled=False):
             for name in adapter_names:
                 vectors, index = self.place(name)
                 left_OR, right_RI = (factor.to(device, dtype) for factor in self.factors_of(vectors.plan))
                 mixed_OR = left_OR @ vectors.mixings(slice(index, index + 1))[0].to(device, dtype)
                 is_transposed = isinstance(self.get_base_layer(), Conv1D)
-                terms.append((right_RI.mT, mixed_OR.mT) if is_transposed else (mixed_OR, right_RI))
-        return Update(terms)
+                lefts.append(right_RI.mT if is_transposed else mixed_OR)
+                rights.append(mixed_OR.mT if is_transposed else right_RI)
+        return torch.cat(lefts, dim=1), torch.cat(rights)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
         """
         Puts adapters into the base weight: `W' = W + U S R V^T` in float32, rounded once to the weight's dtype.
 
-        Adapters that are merged already are merged afresh, from the original weight and the present values. How that
-        weight comes back is the adapters' `merge_restore`. Whatever fails leaves the layer as it was.
+        Adapters that are merged already are merged afresh, from the original weight and the present values. The
+        original is set aside: on its device, or in host memory where a GPU is nearly full. Whatever fails leaves the
+        layer as it was.
 
         Args:
             safe_merge (`bool`, *optional*, defaults to `False`): Whether to refuse a result that is not finite.
@@ -226,37 +229,34 @@ class Linear(nn.Module, TinyLoraLayer):
                 "unmerge inside `with deepspeed.zero.GatheredParameters(list(model.parameters())):`, or load the "
                 "adapter on an ordinary model."
             )
-        former, former_names = self._way_back, list(self.merged_adapters)
+        former, former_original, former_names = standing(weight), self._original_weight, list(self.merged_adapters)
         names = list(dict.fromkeys([*former_names, *names]))
-        update = self._present_update(names, weight.device, weight.dtype)
-        asked_for = [self.place(name)[0].config.merge_restore for name in names]
-        check = partial(refuse_not_finite, names=names) if safe_merge else None
-        self.unmerge()
+        original = former if former_original is None else former_original
+        merged = merged_weight(original, *self._present_update(names, weight.device, weight.dtype))
+        if safe_merge:
+            refuse_not_finite(merged, names)
         try:
-            self._merge(way_back(update, weight, asked_for), names, check)
+            self._note_merge(set_aside(original), names)
+            put(weight, merged)
         except BaseException:
-            if former is not None:
-                self._merge(former, former_names)
+            put(weight, former)
+            self._note_merge(former_original, former_names)
             raise
 
-    def _merge(self, way: Kept | Listed, names: list[str], check: Optional[Callable] = None) -> None:
-        self._way_back = way
-        self._bank[0].merged_layers.add(self.name)
-        try:
-            way.merge(self.get_base_layer().weight, check)
-            self.merged_adapters.extend(names)
-        except BaseException:
-            self.unmerge()
-            raise
+    def _note_merge(self, original: Optional[torch.Tensor], names: list[str]) -> None:
+        self._original_weight = original
+        self.merged_adapters[:] = names
+        if names:
+            self._bank[0].merged_layers.add(self.name)
+        else:
+            self._bank[0].merged_layers.discard(self.name)
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Puts the original weight back, bit for bit."""
-        if self._way_back is not None:
-            self._way_back.restore(self.get_base_layer().weight)
-            self._way_back = None
-        self.merged_adapters.clear()
-        self._bank[0].merged_layers.discard(self.name)
+        """Restores the original weight, bit for bit."""
+        if self._original_weight is not None:
+            restore(self.get_base_layer().weight, self._original_weight)
+        self._note_merge(None, [])
 
     @torch.no_grad()
     def unmerged_weight(self) -> torch.Tensor:
@@ -266,7 +266,7 @@ class Linear(nn.Module, TinyLoraLayer):
             `torch.Tensor`
         """
         weight = self.get_base_layer().weight
-        return weight.data if self._way_back is None else self._way_back.original(weight)
+        return weight.data if self._original_weight is None else self._original_weight.to(weight.device)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Returns True: the update is a matrix of rank r added to the weight.
