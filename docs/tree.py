@@ -1,6 +1,6 @@
 """Writes the tree of architecture.md: a line for each file of the package and the recipes, from its docstring.
 
-    python docs/tree.py
+python docs/tree.py
 """
 
 import ast
@@ -66,7 +66,8 @@ def _folder(folder: Path, depth: int) -> list[str]:
     about = folder / "__init__.py"
     said = f": {first_sentence(about)}" if about.is_file() else ""
     lines = [f"{'  ' * depth}- **{folder.name}/**{said}"]
-    lines += [f"{'  ' * (depth + 1)}- [{path.name}](../{path.relative_to(ROOT)}): {first_sentence(path)}" for path in files]
+    for path in files:
+        lines.append(f"{'  ' * (depth + 1)}- [{path.name}](../{path.relative_to(ROOT)}): {first_sentence(path)}")
     for path in folders:
         lines += _folder(path, depth + 1)
     return lines

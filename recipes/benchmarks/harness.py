@@ -267,7 +267,7 @@ def short_table(records: list[dict]) -> str:
         rows = [row for record in records if record["name"] == script for row in record["rows"]]
         matching = [row for row in rows if part in row["claim"] and (not whose or row["whose"] == whose)]
         if not matching:
-            raise ValueError(f"{script}.json has no row with {part!r} in its claim and {whose!r} beside it: change IN_README")
+            raise ValueError(f"{script}.json has no row of {part!r} beside {whose or 'anyone'!r}: change IN_README")
         lines.append(f"| {' | '.join(_cells(max(matching, key=lambda row: row['ratio'] or 0)))} |")
     return "\n".join(lines)
 

@@ -159,10 +159,10 @@ def table(record):
         "",
         "What a step costs with all 56 modules of a small Qwen2 adapted, over the same step with one module of the "
         "first block adapted (the frozen base's whole backward pass is in both), in turns in one launch; and what "
-        "finding the factors costs on the model as the mode spreads it over the same on the whole model:",
+        "finding the factors costs on the model as the mode shards it over the same on the whole model:",
         "",
         "| mode | time: TinyLoRA, 13 values | LoRA, rank 1 | bytes between processes: one module | TinyLoRA | LoRA "
-        "| building, spread over whole |",
+        "| building, sharded over whole |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for mode, result in record["modes"].items():

@@ -146,5 +146,5 @@ def test_the_readmes_row_is_the_one_with_the_largest_ratio_and_a_bound_that_does
     shown = harness.short_table(records)
     assert shown.count(", b |") == len(harness.IN_README) == 5 and ", a |" not in shown
     assert harness.missed(records[0]) == [f"not within its bound (at most 1): {records[0]['rows'][1]['claim']}"]
-    with pytest.raises(ValueError, match="step.json has no row with"):
+    with pytest.raises(ValueError, match="step.json has no row of"):
         harness.short_table(records[2:])
