@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-CODE := trl_tinylora recipes tests
+CODE := trl_tinylora recipes tests docs
 BENCHMARKS := build step merge fidelity many_adapters growth toy_profile imports
 # ruff reads no setup.cfg, so its options stand here.
 RUFF := --line-length 120 --target-version py310
@@ -16,8 +16,8 @@ help:
 	@echo "make compare-full  every arm, size and control, with learning-rate sweep and 3 seeds"
 	@echo "make test          the tests, on CPU, without network"
 	@echo "make test-distributed  every launcher, tying, checkpointing and accumulation; about an hour"
-	@echo "make bench         every row of the README's table of benchmarks; on a quiet machine"
-	@echo "make results       README tables and figures from the committed JSON"
+	@echo "make bench         every row of docs/benchmarks.md; on a quiet machine"
+	@echo "make results       tables, figures and the tree of files in README and docs, from the committed JSON"
 	@echo "make quality       linter; make style fixes what it can"
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
@@ -37,24 +37,25 @@ test: $(INSTALLED)
 test-distributed: $(INSTALLED)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow tests/distributed
 	PYTHONPATH=recipes:tests $(BIN)/python tests/distributed/matrix.py --output tests/distributed/matrix.json \
-		--update_readme recipes/README.md
+		--update_readme docs/launchers.md
 
 bench: $(INSTALLED)
 	for name in $(BENCHMARKS); do \
 		OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python recipes/benchmarks/$$name.py || exit 1; \
 	done
 	$(BIN)/python recipes/benchmarks/growth.py --report_only
-	$(BIN)/python recipes/benchmarks/harness.py --update_readme README.md
+	$(BIN)/python recipes/benchmarks/harness.py --update_docs docs/benchmarks.md --update_readme README.md
 
 results: $(INSTALLED)
 	$(BIN)/python recipes/compare.py --config recipes/toy/compare.yaml --output_dir recipes/toy/results --report_only \
 		--update_readme README.md
 	$(BIN)/python recipes/benchmarks/growth.py --report_only
-	$(BIN)/python recipes/benchmarks/harness.py --update_readme README.md
-	$(BIN)/python recipes/memory.py --update_readme recipes/README.md
+	$(BIN)/python recipes/benchmarks/harness.py --update_docs docs/benchmarks.md --update_readme README.md
+	$(BIN)/python recipes/memory.py --update_readme docs/launchers.md
 	$(BIN)/python recipes/published.py
 	PYTHONPATH=recipes:tests $(BIN)/python tests/distributed/matrix.py --output tests/distributed/matrix.json \
-		--report_only --update_readme recipes/README.md
+		--report_only --update_readme docs/launchers.md
+	$(BIN)/python docs/tree.py
 
 quality: $(INSTALLED)
 	$(BIN)/ruff check $(RUFF) $(RULES) $(CODE)

@@ -118,9 +118,9 @@ def count(shape: tuple) -> Sizes:
 
 def table() -> str:
     """The table as Markdown, in GB (1e9 bytes)."""
-    spread = " | ".join(f"spread over {gpus}" for gpus in GPUS)
+    sharded = " | ".join(f"sharded over {gpus}" for gpus in GPUS)
     lines = [
-        f"| Qwen2.5 | weights | factors | {VALUES} values with Adam | activations | a GPU, whole | {spread} "
+        f"| Qwen2.5 | weights | factors | {VALUES} values with Adam | activations | a GPU, whole | {sharded} "
         "| more while weights go to vLLM |",
         "|---|" + "--:|" * (6 + len(GPUS)),
     ]

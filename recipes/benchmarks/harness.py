@@ -28,12 +28,20 @@ from report import update_section
 
 
 RESULTS = Path(__file__).parent / "results"
+# The README's rows: name of the record, a part of the claim, and who the other one is ("" for anyone).
+IN_README = (
+    ("step", "time added to the frozen base's", "LoRA r=1"),
+    ("step", "bytes kept for the backward pass", "LoRA r=1"),
+    ("build", "build a whole model", ""),
+    ("many_adapters", "one more adapter of 28 values: bytes of tensors", ""),
+    ("merge", "merge and unmerge", ""),
+)
 
 
 @dataclass(frozen=True)
 class Row:
     """
-    One line of the README's table of benchmarks.
+    One line of the table of benchmarks.
 
     Args:
         claim (`str`): What was compared, with sizes.
@@ -221,7 +229,7 @@ def run(name: str, arguments: argparse.Namespace, measure: Callable[[argparse.Na
         "rows": [asdict(row) for row in rows],
         "details": details,
     }
-    print(table([record]))
+    print("\n".join([table([record]), *missed(record)]))
     write_text(arguments.output, json.dumps(record, indent=2) + "\n")
     return record
 
@@ -235,27 +243,61 @@ def table(records: list[dict]) -> str:
     Returns:
         `str`
     """
-    lines = [
-        "| claim | ours | other | ratio (range) | asked for | holds | machine | script |",
-        "|---|--:|--:|--:|---|---|---|---|",
-    ]
+    lines = ["| what | ours | other | ratio (range) | machine | script |", "|---|--:|--:|--:|---|---|"]
     for record in records:
-        made, threads = record["provenance"]["machine"], record["arguments"]["threads"]
-        machine = made["gpu"] or f"{threads} thread{'s' * (threads > 1)}, {made['cpu']}"
         for row in record["rows"]:
-            other = "" if row["theirs"] is None else f"{amount(row['theirs'], row['unit'])}, {row['whose']}"
-            ratio = ""
-            if row["ratio"] is not None:
-                ratio = f"{row['ratio']:.3g}"
-                if row["spread"]:
-                    low, high = row["spread"]
-                    ratio += f" ({low:.3g} to {high:.3g})"
-            holds = {None: "", True: "yes", False: "**no**"}[row["holds"]]
-            lines.append(
-                f"| {row['claim']} | {amount(row['ours'], row['unit'])} | {other} | {ratio} | {row['bound']} | {holds} "
-                f"| {machine} | {record['name']}.py |"
-            )
+            cells = [*_cells(row), _machine(record), f"{record['name']}.py"]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def short_table(records: list[dict]) -> str:
+    """
+    A row for each of `IN_README`: of several that match, the one whose ratio is largest.
+
+    Args:
+        records (`list[dict]`): As [`run`] writes them.
+    Returns:
+        `str`: Markdown.
+    Raises:
+        ValueError: If no row of the records matches one of `IN_README`.
+    """
+    lines = ["| what | ours | other | ratio (range) |", "|---|--:|--:|--:|"]
+    for script, part, whose in IN_README:
+        rows = [row for record in records if record["name"] == script for row in record["rows"]]
+        matching = [row for row in rows if part in row["claim"] and (not whose or row["whose"] == whose)]
+        if not matching:
+            raise ValueError(f"{script}.json has no row of {part!r} beside {whose or 'anyone'!r}: change IN_README")
+        lines.append(f"| {' | '.join(_cells(max(matching, key=lambda row: row['ratio'] or 0)))} |")
+    return "\n".join(lines)
+
+
+def missed(record: dict) -> list[str]:
+    """
+    What a record says of the bounds that were asked of it and do not hold.
+
+    Args:
+        record (`dict`): As [`run`] writes it.
+    Returns:
+        `list[str]`: A line for each.
+    """
+    return [f"not within its bound ({row['bound']}): {row['claim']}" for row in record["rows"] if row["holds"] is False]
+
+
+def _cells(row):
+    other = "" if row["theirs"] is None else f"{amount(row['theirs'], row['unit'])}, {row['whose']}"
+    ratio = ""
+    if row["ratio"] is not None:
+        ratio = f"{row['ratio']:,.0f}" if row["ratio"] >= 1000 else f"{row['ratio']:.3g}"
+        if row["spread"]:
+            low, high = row["spread"]
+            ratio += f" ({low:.3g} to {high:.3g})"
+    return [row["claim"], amount(row["ours"], row["unit"]), other, ratio]
+
+
+def _machine(record):
+    made, threads = record["provenance"]["machine"], record["arguments"]["threads"]
+    return made["gpu"] or f"{threads} thread{'s' * (threads > 1)}, {made['cpu']}"
 
 
 def amount(value: float, unit: str) -> str:
@@ -278,12 +320,25 @@ def amount(value: float, unit: str) -> str:
     return f"{value:.3g}"
 
 
+def read_records() -> list[dict]:
+    """The committed records, in the order of their names."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
+
+
 def committed() -> str:
-    """The README's table, from the records in `results/`, and what made them."""
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
+    """The table of the committed records, and what made them."""
+    records = read_records()
     versions = sorted({f"torch {made['torch']}, peft {made['peft']}" for made in _of_each(records, "versions")})
     commits = sorted({git["commit"][:12] for git in _of_each(records, "git")})
     return f"{table(records)}\n\n{'; '.join(versions)}; measured at {', '.join(commits)}."
+
+
+def committed_short() -> str:
+    """The README's rows of the committed records, and the machine that they were measured on."""
+    records = read_records()
+    scripts = {script for script, _, _ in IN_README}
+    machines = sorted({_machine(record) for record in records if record["name"] in scripts})
+    return f"{short_table(records)}\n\nMeasured on: {'; '.join(machines)}."
 
 
 def _of_each(records, key):
@@ -291,13 +346,16 @@ def _of_each(records, key):
 
 
 def main() -> None:
-    """Prints the table of the committed records, and renews it in a README."""
+    """Prints the table of the committed records, and renews it in the documents."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--update_readme", type=Path, help="README whose section `benchmarks` is renewed")
+    parser.add_argument("--update_docs", type=Path, help="document whose section `benchmarks` is renewed")
+    parser.add_argument("--update_readme", type=Path, help="README whose section `costs` is renewed")
     arguments = parser.parse_args()
     print(committed())
+    if arguments.update_docs is not None:
+        update_section(arguments.update_docs, "benchmarks", committed())
     if arguments.update_readme is not None:
-        update_section(arguments.update_readme, "benchmarks", committed())
+        update_section(arguments.update_readme, "costs", committed_short())
 
 
 if __name__ == "__main__":

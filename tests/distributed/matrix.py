@@ -1,7 +1,7 @@
 """
 The whole matrix: trainer x tying x checkpointing x accumulation in every mode against one process; prints the table.
 
-    python tests/distributed/matrix.py --output matrix.json --update_readme recipes/README.md
+    python tests/distributed/matrix.py --output matrix.json --update_readme docs/launchers.md
 
 On two CPU cores about an hour. A mode that the output holds already, from the same commit, is not run.
 """
@@ -159,10 +159,10 @@ def table(record):
         "",
         "What a step costs with all 56 modules of a small Qwen2 adapted, over the same step with one module of the "
         "first block adapted (the frozen base's whole backward pass is in both), in turns in one launch; and what "
-        "finding the factors costs on the model as the mode spreads it over the same on the whole model:",
+        "finding the factors costs on the model as the mode shards it over the same on the whole model:",
         "",
         "| mode | time: TinyLoRA, 13 values | LoRA, rank 1 | bytes between processes: one module | TinyLoRA | LoRA "
-        "| building, spread over whole |",
+        "| building, sharded over whole |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for mode, result in record["modes"].items():
@@ -178,7 +178,7 @@ def table(record):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON; continued where it is from the same commit")
-    parser.add_argument("--update_readme", type=Path, help="README whose section `distributed` is renewed")
+    parser.add_argument("--update_readme", type=Path, help="document whose section `distributed` is renewed")
     parser.add_argument("--report_only", action="store_true", help="run nothing, print the table of the JSON")
     arguments = parser.parse_args()
     record = json.loads(arguments.output.read_text()) if arguments.output.exists() else None

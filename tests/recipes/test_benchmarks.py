@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import build
@@ -122,8 +123,28 @@ def test_actions_take_turns_in_changing_order():
     assert "".join(order) == "abcbcacab" and all(len(taken) == 3 for taken in times.values())
 
 
-def test_the_readmes_table_of_benchmarks_is_that_of_the_committed_records():
-    readme = (ROOT / "README.md").read_text()
-    assert replace_section(readme, "benchmarks", harness.committed()) == readme, "run `make results`"
+def test_the_tables_of_benchmarks_are_those_of_the_committed_records():
+    for name, section, content in (
+        ("docs/benchmarks.md", "benchmarks", harness.committed()),
+        ("README.md", "costs", harness.committed_short()),
+    ):
+        document = (ROOT / name).read_text()
+        assert replace_section(document, section, content) == document, f"{name}: run `make results`"
     for path in harness.RESULTS.glob("*.json"):
         assert not json.loads(path.read_text())["provenance"]["git"]["is_dirty"], path
+
+
+def test_the_readmes_row_is_the_one_with_the_largest_ratio_and_a_bound_that_does_not_hold_is_said():
+    def row(claim, ratio, holds):
+        whose = "LoRA r=1" if "step" in claim else "the other"
+        return asdict(harness.Row(claim, 1.0, 2.0, whose, "s", ratio, bound="at most 1", holds=holds))
+
+    records = [
+        {"name": script, "rows": [row(f"{script}: {part}, a", 0.5, True), row(f"{script}: {part}, b", 1.5, False)]}
+        for script, part, _ in harness.IN_README
+    ]
+    shown = harness.short_table(records)
+    assert shown.count(", b |") == len(harness.IN_README) == 5 and ", a |" not in shown
+    assert harness.missed(records[0]) == [f"not within its bound (at most 1): {records[0]['rows'][1]['claim']}"]
+    with pytest.raises(ValueError, match="step.json has no row of"):
+        harness.short_table(records[2:])
