@@ -305,17 +305,18 @@ class TinyLoraConfig(PeftConfig):
         if tensors is not None:
             config.singular_bases = config.singular_bases or former_bases(tensors)
             config._saved = SavedAdapter(
-                tensors[VALUES], config.base_fingerprint, config.singular_bases, config.checkpoint_digest
+                tensors[VALUES], config.base_fingerprint, config.singular_bases, config.checkpoint_digest, folder
             )
         return config
 
     def to_dict(self) -> dict:
-        """Returns the fields that are saved; those that follow from a model as the folder last read or written has them.
+        """Returns the fields that are saved, those that follow from a model as of the adapter last saved with them.
 
         Returns:
             `dict`
         """
-        return super().to_dict() | ({} if self._saved is None else self._saved.fields())
+        is_written = self._saved is not None and self._saved.folder is None
+        return super().to_dict() | (self._saved.fields() if is_written else {})
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """Writes adapter_config.json, whole or not at all, and what the adapter is into the folder's model card.
@@ -330,7 +331,7 @@ class TinyLoraConfig(PeftConfig):
         with written_whole(os.path.join(save_directory, CONFIG_NAME)) as scratch:
             super().save_pretrained(str(scratch.parent), **kwargs)
         # Under ZeRO-3 and FSDP2 the other processes have nothing to save.
-        if self._saved is not None and self._saved.values_GK is not None:
+        if self._saved is not None and self._saved.folder is None and self._saved.values_GK is not None:
             put_section(save_directory, "trl_tinylora", describe(self.to_dict(), self._saved.values_GK))
 
     @classmethod

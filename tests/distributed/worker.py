@@ -36,7 +36,7 @@ from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from trl.distributed import DistributedBackend
 from trl.generation.vllm_generation import VLLMGeneration
 
-import trl_tinylora.storage.cache
+import trl_tinylora.tuner.build
 import trl_tinylora.tuner.model
 from trl_tinylora import TinyLoraConfig
 from trl_tinylora.distributed import gathered, whole
@@ -137,7 +137,7 @@ def plain_autograd():
 
     def after_base(layer, result, updates):
         for x, vectors, index in updates:
-            left_OR, right_RI = layer.factors(vectors.plan.rank)
+            left_OR, right_RI = layer.factors_of(vectors.plan)
             one = slice(index, index + 1)
             mixing_RR = mix(vectors.values_GK, vectors.plan.groups_M[one], vectors.plan.projections_MKRR[one])[0]
             result = result + x @ right_RI.mT @ mixing_RR.mT @ left_OR.mT
@@ -209,7 +209,7 @@ CONTROLS = {
 @contextlib.contextmanager
 def whole_weights_while_building(most):
     """Appends to `most` how many of the model's spread weights were whole whenever singular vectors were taken."""
-    models, compute, decompose = [], trl_tinylora.tuner.model.compute_factors, trl_tinylora.storage.cache.truncated_svd
+    models, compute, decompose = [], trl_tinylora.tuner.model.compute_factors, trl_tinylora.tuner.build.truncated_svd
 
     def computing(model, names, rank):
         models.append(model)
@@ -221,7 +221,7 @@ def whole_weights_while_building(most):
 
     with (
         mock.patch.object(trl_tinylora.tuner.model, "compute_factors", computing),
-        mock.patch.object(trl_tinylora.storage.cache, "truncated_svd", decomposing),
+        mock.patch.object(trl_tinylora.tuner.build, "truncated_svd", decomposing),
     ):
         yield
 
@@ -383,7 +383,7 @@ def observe(case, base, rows, output_dir):
     with gathered([values]):
         final = whole(values.detach()).float().flatten().tolist()
     factors = {
-        name: [digest(factor) for rank in (1, 2) for factor in layer.factors(rank) or ()]
+        name: [digest(factor) for rank in (1, 2) for factor in layer.factors((rank, None)) or ()]
         for name, layer in model.named_modules()
         if isinstance(layer, Linear)
     }

@@ -35,12 +35,14 @@ class SavedAdapter(NamedTuple):
         singular_bases (`dict[str, str]`): Of modules whose singular vectors another machine or dtype could rotate, what
             settles the rotation, see `maths/basis.py`.
         checkpoint_digest (`str` or `None`): [`digest`] of the values.
+        folder (`str` or `None`): Where it was read; `None` where it is about to be written.
     """
 
     values_GK: Optional[torch.Tensor]
     base_fingerprint: Optional[dict]
     singular_bases: dict[str, str]
     checkpoint_digest: Optional[str]
+    folder: Optional[str] = None
 
     def fields(self) -> dict:
         """Returns the fields for `adapter_config.json`.
@@ -48,7 +50,7 @@ class SavedAdapter(NamedTuple):
         Returns:
             `dict`
         """
-        return {name: value for name, value in self._asdict().items() if name != "values_GK"}
+        return {name: value for name, value in self._asdict().items() if name not in ("values_GK", "folder")}
 
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -141,8 +141,7 @@ class TinyLoraModel(BaseTuner):
                     f"the adapter {adapter_name!r} was saved by an earlier version, with factors that this loader does "
                     "not read. Load it with `peft.PeftModel.from_pretrained`, and save it again."
                 )
-        # Only a folder gives a configuration a digest.
-        if config._saved is not None and config.checkpoint_digest is not None:
+        if config._saved is not None and config._saved.folder is not None:
             refuse_unfit_shape(config._saved.values_GK.shape, shape)
 
     def _create_and_replace(

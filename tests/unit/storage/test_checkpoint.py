@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import trl_tinylora.config
-import trl_tinylora.storage.cache
+import trl_tinylora.tuner.build
 from trl_tinylora import TinyLoraConfig
+from trl_tinylora.maths.basis import recover_basis
 from trl_tinylora.maths.decomposition import truncated_svd
+from trl_tinylora.storage.checkpoint import digest
 from trl_tinylora.storage.fingerprint import fingerprint, probes_needed, refuse_another_base, take_probe
 
 
@@ -380,7 +382,7 @@ def test_the_uncertainty_is_about_what_rounding_to_bfloat16_turns(gap):
     assert 0.1 * np.mean(promised) < np.mean(turned) < 3 * np.mean(promised)
 
 
-# Modules whose factors are stored
+# Modules whose singular vectors are not unique
 
 
 TURNED = "model.layers.0.mlp.up_proj"
@@ -408,7 +410,7 @@ def turned(tiny_qwen2, tmp_path, token_ids, monkeypatch):
         return left / sigma @ turn * sigma, turn.T @ right, uncertainty
 
     with monkeypatch.context() as patch:
-        patch.setattr(trl_tinylora.storage.cache, "truncated_svd", elsewhere)
+        patch.setattr(trl_tinylora.tuner.build, "truncated_svd", elsewhere)
         model = adapted(degenerate(tiny_qwen2()), n_tie=4, u=3)
     expected = logits(model, token_ids)
     model.save_pretrained(tmp_path / "turned")
@@ -417,8 +419,8 @@ def turned(tiny_qwen2, tmp_path, token_ids, monkeypatch):
 
 def test_a_module_without_a_unique_basis_keeps_the_one_it_was_trained_with(tiny_qwen2, token_ids, turned):
     folder, expected = turned
-    stored = [name for name in load_file(folder / WEIGHTS) if "factors" in name]
-    assert f"trl_tinylora_factors.{TURNED}.left" in stored and len(stored) < 2 * 14
+    bases = json.loads((folder / "adapter_config.json").read_text())["singular_bases"]
+    assert TURNED in bases and len(bases) < 14 and len(load_file(folder / WEIGHTS)) == 1
     loaded = PeftModel.from_pretrained(degenerate(tiny_qwen2()), folder)
     torch.testing.assert_close(logits(loaded, token_ids), expected, rtol=0, atol=2e-5)
 
@@ -427,7 +429,7 @@ def test_a_module_without_a_unique_basis_keeps_the_one_it_was_trained_with(tiny_
     assert (logits(again, token_ids) - expected).abs().max() > 1e-2
 
 
-def test_stored_factors_are_one_adapters_own(tiny_qwen2, token_ids, turned):
+def test_a_basis_is_that_of_the_adapter_that_it_came_with(tiny_qwen2, token_ids, turned):
     folder, expected = turned
     model = adapted(degenerate(tiny_qwen2()), n_tie=4, u=3)
     before = logits(model, token_ids)
@@ -445,15 +447,24 @@ def test_stored_factors_are_one_adapters_own(tiny_qwen2, token_ids, turned):
     model.merge_adapter()
     torch.testing.assert_close(logits(model, token_ids), expected, rtol=0, atol=2e-5)
     model.unmerge_adapter()
-    with pytest.raises(ValueError, match="singular vectors that came with a checkpoint"):
+    with pytest.raises(ValueError, match="bases of singular vectors that came with a checkpoint"):
         model.base_model.distance("turned", "default")
 
     # What is saved again is what was loaded.
     model.save_pretrained(folder / "again", selected_adapters=["turned"])
-    first, second = load_file(folder / WEIGHTS), load_file(folder / "again" / "turned" / WEIGHTS)
-    assert list(first) == list(second)
-    for name in first:
-        torch.testing.assert_close(second[name], first[name], rtol=0, atol=1e-5)
+    first, second = (
+        json.loads((saved / "adapter_config.json").read_text())["singular_bases"]
+        for saved in (folder, folder / "again" / "turned")
+    )
+    assert first[TURNED] == second[TURNED] and first.keys() == second.keys()
+
+    # Another adapter with this basis follows the plan of the first one, and the factors go with the last of them.
+    model.load_adapter(folder, "like it")
+    bank, layer = model.base_model.bank, model.get_submodule(f"base_model.model.{TURNED}")
+    assert bank.vectors("like it").plan is bank.vectors("turned").plan and len(layer._factors) == 2
+    model.delete_adapter("like it")
+    model.delete_adapter("turned")
+    assert list(layer._factors) == [(2, None)]
 
 
 def test_another_dtype_of_the_base_changes_an_adapters_effect_by_little(tiny_qwen2, token_ids, tmp_path):
@@ -490,11 +501,43 @@ def test_an_adapter_on_the_hub_is_looked_at_before_the_model_is_touched(tiny_qwe
     assert modules_of(base) == names
 
 
-def test_a_loader_that_leaves_uncertain_factors_unread_is_refused(tiny_qwen2, turned):
+def test_transformers_own_loader_finds_the_basis(tiny_qwen2, token_ids, turned):
+    folder, expected = turned
+    model = degenerate(tiny_qwen2())
+
+    model.load_adapter(str(folder))
+
+    torch.testing.assert_close(logits(model, token_ids), expected, rtol=0, atol=2e-5)
+
+
+@pytest.fixture
+def of_earlier_version(tiny_qwen2, turned):
+    """The same adapter as earlier versions wrote it, with U S and V^T in the file; its folder and its logits."""
+    folder, expected = turned
+    fields = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / WEIGHTS)
+    for name, basis in fields.pop("singular_bases").items():
+        factors = recover_basis(name, degenerate(tiny_qwen2()).get_submodule(name).weight.detach(), 2, basis)
+        for side, factor in zip(("left", "right"), factors, strict=True):
+            tensors[f"base_model.model.trl_tinylora_factors.{name}.{side}"] = factor.contiguous()
+    fields["base_fingerprint"]["stored"] = len(tensors) // 2
+    own = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+    fields["checkpoint_digest"] = digest(own)
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    save_file(tensors, folder / WEIGHTS)
+    return folder, expected
+
+
+def test_factors_in_the_file_of_an_earlier_version_are_read_as_a_basis(tiny_qwen2, token_ids, of_earlier_version):
+    folder, expected = of_earlier_version
+    loaded = PeftModel.from_pretrained(degenerate(tiny_qwen2()), folder)
+    torch.testing.assert_close(logits(loaded, token_ids), expected, rtol=0, atol=2e-5)
+
+
+def test_a_loader_that_leaves_the_factors_of_an_earlier_version_unread_is_refused(tiny_qwen2, of_earlier_version):
     # transformers' own, which reads the configuration by itself.
-    config = PeftConfig.from_pretrained(turned[0])
-    assert config._stored_shape is None
-    with pytest.raises(NotImplementedError, match="holds the singular vectors of .*PeftModel.from_pretrained"):
+    config = PeftConfig.from_pretrained(of_earlier_version[0])
+    with pytest.raises(NotImplementedError, match="saved by an earlier version.*PeftModel.from_pretrained"):
         degenerate(tiny_qwen2()).add_adapter(config, "default")
 
 

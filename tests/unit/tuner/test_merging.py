@@ -107,7 +107,7 @@ def test_the_merged_weight_is_the_formula_rounded_once():
     model = adapted(OneLayer(48, 40, torch.float32), r=3, u=2, target_modules=["linear"])
     (layer,) = layers_of(model)
     weight = layer.base_layer.weight.detach().double().numpy()
-    left, right = (factor.double().numpy() for factor in layer.factors(3))
+    left, right = (factor.double().numpy() for factor in layer.factors((3, None)))
     projections = model.base_model.bank.plans[0].projections_MKRR[0].double().numpy()
     mixing = np.einsum("k,kij->ij", values_of(model)[0].detach().double().numpy(), projections)
 
@@ -253,7 +253,7 @@ def test_an_adapter_added_while_merged_is_that_of_the_base(tiny_qwen2):
         model.add_adapter("other", TinyLoraConfig(r=3))
     models[0].unmerge_adapter()
     for first, second in zip(*map(layers_of, models), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(first.factors(3), second.factors(3), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(first.factors((3, None)), second.factors((3, None)), strict=True))
 
 
 # Host memory
@@ -348,7 +348,7 @@ def test_a_merge_that_is_not_finite_leaves_what_was_merged_before(tiny_qwen2, sm
         values_of(model, "huge").fill_(1e9)
         for layer in layers_of(model):
             # Finite in all rows but the last.
-            layer.factors(1)[0][:-1] = 0
+            layer.factors((1, None))[0][:-1] = 0
 
     with pytest.raises(ValueError, match=r"merging default, huge gives weights that are not finite in torch\.float16"):
         model.merge_adapter(safe_merge=True, adapter_names=["huge"])
@@ -604,7 +604,7 @@ def test_a_checkpoint_around_every_block_hides_no_training_pass(place):
     before, base = weights_of(model), model.get_base_model()
     if place == "at the first block":
         # Negative control: a reentrant checkpoint calls its block without gradients.
-        base._trl_tinylora_calls_blocks.remove()
+        model.base_model.bank.remove_hooks()
         base.transformer["h"][0].register_forward_pre_hook(model.base_model.bank.before_blocks, prepend=True)
     model.merge_adapter()
     with warnings.catch_warnings(record=True) as caught:

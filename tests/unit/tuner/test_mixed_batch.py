@@ -211,7 +211,7 @@ def test_the_active_adapter_and_its_gradient_are_left_alone(tiny_qwen2):
 
     logits_of(model, ids, adapter_names=["one", BASE])
 
-    assert model.active_adapters == ["two"] and model.base_model.bank.rows is None
+    assert model.active_adapters == ["two"] and model.base_model.bank.mixed_batch is None
     assert torch.equal(logits_of(model, ids), expected)
     model(input_ids=ids, labels=ids).loss.backward()
     assert torch.equal(values.grad, gradient)
@@ -240,7 +240,7 @@ def test_a_name_for_each_row_is_needed(tiny_qwen2, count):
         logits_of(model, ids_of(2), adapter_names=["one"] * count)
 
     # And the model can be used again.
-    assert model.base_model.bank.rows is None
+    assert model.base_model.bank.mixed_batch is None
     logits_of(model, ids_of(2))
 
 

@@ -18,7 +18,7 @@ from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
-import trl_tinylora.storage.cache
+import trl_tinylora.tuner.build
 import trl_tinylora.tuner.model
 from trl_tinylora import TinyLoraConfig
 from trl_tinylora.tuner.bank import TinyLoraLayer
@@ -243,13 +243,13 @@ def test_an_added_adapter_leaves_the_first_one_as_it_was(tiny_qwen2, token_ids):
 @pytest.fixture
 def svd_calls(monkeypatch):
     calls = []
-    original = trl_tinylora.storage.cache.truncated_svd
+    original = trl_tinylora.tuner.build.truncated_svd
 
     def spy(weight, rank):
         calls.append((tuple(weight.shape), rank))
         return original(weight, rank)
 
-    monkeypatch.setattr(trl_tinylora.storage.cache, "truncated_svd", spy)
+    monkeypatch.setattr(trl_tinylora.tuner.build, "truncated_svd", spy)
     return calls
 
 
@@ -265,7 +265,7 @@ def test_frozen_tensors_are_no_buffers_and_follow_the_model(tiny_qwen2, token_id
     assert [name.removeprefix("base_model.model.") for name, _ in model.named_buffers()] == names
     model = model.double()
     plan = model.base_model.bank.trl_tinylora_v["default"].plan
-    frozen = [plan.projections_MKRR, *model.get_submodule(QUERY).factors(2)]
+    frozen = [plan.projections_MKRR, *model.get_submodule(QUERY).factors((2, None))]
     assert [tensor.dtype for tensor in frozen] == [torch.float64] * 3 and plan.groups_M.dtype == torch.int64
     assert logits_of(model, token_ids).dtype == torch.float64
 
@@ -273,15 +273,15 @@ def test_frozen_tensors_are_no_buffers_and_follow_the_model(tiny_qwen2, token_id
 def test_a_second_adapter_of_the_same_rank_shares_the_factors(tiny_qwen2, svd_calls):
     model = adapted(tiny_qwen2())
     assert len(svd_calls) == 14
-    factors = model.get_submodule(QUERY).factors(2)
+    factors = model.get_submodule(QUERY).factors((2, None))
     kept = kept_ranks(model)
 
     model.add_adapter("same", TinyLoraConfig(n_tie="all", projection_seed=3))
 
     assert len(svd_calls) == 14
-    again = model.get_submodule(QUERY).factors(2)
+    again = model.get_submodule(QUERY).factors((2, None))
     assert all(first is second for first, second in zip(factors, again, strict=True))
-    assert kept_ranks(model) == kept and all(ranks == [2] for ranks in kept.values())
+    assert kept_ranks(model) == kept and all(keys == [(2, None)] for keys in kept.values())
 
     model.add_adapter("another rank", TinyLoraConfig(r=3, target_modules=["q_proj"]))
     assert svd_calls[14:] == [((32, 32), 3)] * 2
@@ -325,7 +325,7 @@ def test_deleting_an_adapter_frees_what_only_it_used(tiny_qwen2, token_ids):
     model.set_adapter("other")
     expected = logits_of(model, token_ids)
     model.set_adapter("default")
-    freed = weakref.ref(values_of(model)), weakref.ref(model.get_submodule(QUERY).factors(2)[0])
+    freed = weakref.ref(values_of(model)), weakref.ref(model.get_submodule(QUERY).factors((2, None))[0])
 
     model.delete_adapter("default")
     gc.collect()
@@ -484,7 +484,7 @@ def test_unload_leaves_nothing_behind(tiny_model, token_ids, kind):
     assert torch.equal(logits_of(unloaded, token_ids), expected)
     assert {name: len(m._forward_pre_hooks) for name, m in unloaded.named_modules()} == hooks
     assert not any(type(m).__module__.startswith(("trl_tinylora", "peft")) for m in unloaded.modules())
-    assert not any(hasattr(m, "_trl_tinylora_hook") for m in unloaded.modules())
+    assert not any(m._forward_pre_hooks for m in unloaded.modules())
     assert not hasattr(unloaded, "peft_config")
     # And it can be adapted again.
     assert torch.equal(logits_of(adapted(unloaded), token_ids), logits_of(adapted(tiny_model(kind)), token_ids))
