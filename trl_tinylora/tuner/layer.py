@@ -192,7 +192,7 @@ class Linear(nn.Module, TinyLoraLayer):
             for name in adapter_names:
                 vectors, index = self.place(name)
                 left_OR, right_RI = (factor.to(device, dtype) for factor in self.factors_of(vectors.plan))
-                mixed_OR = left_OR @ vectors.mixings(slice(index, index + 1))[0].to(device, dtype)
+                mixed_OR = left_OR @ vectors.mixing(index).to(device, dtype)
                 is_transposed = isinstance(self.get_base_layer(), Conv1D)
                 lefts.append(right_RI.mT if is_transposed else mixed_OR)
                 rights.append(mixed_OR.mT if is_transposed else right_RI)

@@ -78,6 +78,17 @@ class Vectors(nn.Module):
         """
         return self._mix(self.whole_values(), modules)
 
+    def mixing(self, index: int) -> torch.Tensor:
+        """Returns R of one module, as [`mixings`] does.
+
+        Args:
+            index (`int`): Position of the module among the adapted ones.
+
+        Returns:
+            `torch.Tensor` of shape `(r, r)`, dtype float32 or wider.
+        """
+        return self.mixings(slice(index, index + 1))[0]
+
     def mixing_of_pass(self, index: int) -> torch.Tensor:
         """Returns R of one module as of the forward pass under way.
 
