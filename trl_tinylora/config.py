@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Literal, Optional, Union
 
@@ -122,49 +122,22 @@ class TinyLoraConfig(PeftConfig):
     ```
     """
 
-    r: int = field(default=2, metadata={"help": "Rank of the frozen truncated SVD."})
-    u: int = field(default=1, metadata={"help": "Trained values per group of modules."})
-    n_tie: Union[int, str] = field(
-        default=1, metadata={"help": "Number of modules that share one vector of trained values, or 'all'."}
-    )
-    tying: Literal["tiled", "structured"] = field(
-        default="tiled",
-        metadata={"help": "Which modules share: 'tiled' (consecutive ones) or 'structured' (of one type)."},
-    )
-    projection: Literal["gaussian", "basis"] = field(
-        default="gaussian", metadata={"help": "The fixed matrices P: 'gaussian', or 'basis' (LoRA-XS at u=r*r)."}
-    )
-    projection_seed: int = field(default=0, metadata={"help": "Seed of the Gaussian projections."})
-    target_modules: Optional[Union[list[str], str]] = field(
-        default="all-linear", metadata={"help": "Modules to adapt: names, a regular expression, or 'all-linear'."}
-    )
-    exclude_modules: Optional[Union[list[str], str]] = field(
-        default=None, metadata={"help": "Modules not to adapt: names or a regular expression."}
-    )
-    layers_to_transform: Optional[Union[list[int], int]] = field(
-        default=None, metadata={"help": "Indexes of the layers to adapt."}
-    )
-    layers_pattern: Optional[Union[list[str], str]] = field(
-        default=None, metadata={"help": "Name of the list of layers that `layers_to_transform` counts in."}
-    )
-    modules_to_save: Optional[list[str]] = field(
-        default=None, metadata={"help": "Modules trained and saved in full beside the adapter."}
-    )
-    trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = field(
-        default=None, metadata={"help": "Token embeddings trained and saved beside the adapter."}
-    )
-    save_dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "Dtype of the values in the file."}
-    )
-    base_fingerprint: Optional[dict] = field(
-        default=None, metadata={"help": "What tells the base; written when saved, None loads the adapter on any."}
-    )
-    singular_bases: Optional[dict] = field(
-        default=None, metadata={"help": "What settles rotations of singular vectors; written when saved."}
-    )
-    checkpoint_digest: Optional[str] = field(
-        default=None, metadata={"help": "Digest of the values; written when saved."}
-    )
+    r: int = 2
+    u: int = 1
+    n_tie: Union[int, str] = 1
+    tying: Literal["tiled", "structured"] = "tiled"
+    projection: Literal["gaussian", "basis"] = "gaussian"
+    projection_seed: int = 0
+    target_modules: Optional[Union[list[str], str]] = "all-linear"
+    exclude_modules: Optional[Union[list[str], str]] = None
+    layers_to_transform: Optional[Union[list[int], int]] = None
+    layers_pattern: Optional[Union[list[str], str]] = None
+    modules_to_save: Optional[list[str]] = None
+    trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = None
+    save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    base_fingerprint: Optional[dict] = None
+    singular_bases: Optional[dict] = None
+    checkpoint_digest: Optional[str] = None
 
     def __post_init__(self):
         super().__post_init__()

@@ -18,50 +18,22 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
-    """Returns the shape of the whole tensor, whatever this process holds of it.
-
-    Args:
-        parameter (`torch.Tensor`): Ordinary, partitioned by ZeRO-3 or a `DTensor`.
-
-    Returns:
-        `tuple[int, ...]`
-    """
+    """Returns the shape of the whole tensor, whatever this process holds of it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def is_partitioned(parameter: torch.Tensor) -> bool:
-    """Returns whether ZeRO-3 has this parameter partitioned at the moment, so that it cannot be read.
-
-    Args:
-        parameter (`torch.Tensor`): Any tensor.
-
-    Returns:
-        `bool`
-    """
+    """Returns whether ZeRO-3 has this parameter partitioned at the moment, so that it cannot be read."""
     return hasattr(parameter, "ds_shape") and parameter.shape != parameter.ds_shape
 
 
 def is_sharded(parameter: torch.Tensor) -> bool:
-    """Returns whether the tensor is spread over processes, whether or not it is gathered at the moment.
-
-    Args:
-        parameter (`torch.Tensor`): Any tensor.
-
-    Returns:
-        `bool`
-    """
+    """Returns whether the tensor is sharded over processes, whether or not it is gathered at the moment."""
     return hasattr(parameter, "ds_shape") or isinstance(parameter, DTensor)
 
 
 def is_fsdp(module: nn.Module) -> bool:
-    """Returns whether FSDP2 gathers and releases this module's parameters.
-
-    Args:
-        module (`torch.nn.Module`): Any module.
-
-    Returns:
-        `bool`
-    """
+    """Returns whether FSDP2 gathers and releases this module's parameters."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
@@ -85,12 +57,7 @@ def refuse_tensor_parallel(model: nn.Module) -> None:
 
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """
-    Makes ZeRO-3's parameters whole inside the context, for reading; those that are whole already stay as they are.
-
-    Args:
-        parameters (`Iterable[torch.nn.Parameter]`): Parameters, the same on every process.
-    """
+    """Makes ZeRO-3's parameters whole inside the context, for reading; those that are whole already stay as they are."""
     partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
     if not partitioned:
         yield
@@ -102,27 +69,12 @@ def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns the whole tensor that a `DTensor` is this process's share of.
-
-    Args:
-        tensor (`torch.Tensor`): Any tensor.
-
-    Returns:
-        `torch.Tensor`
-    """
+    """Returns the whole tensor that a `DTensor` is this process's share of."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Returns a whole tensor, the same on every process, spread as another one is.
-
-    Args:
-        tensor (`torch.Tensor`): Ordinary tensor.
-        like (`torch.Tensor`): Where it is a `DTensor`, its device mesh and placements are taken.
-
-    Returns:
-        `torch.Tensor`
-    """
+    """Returns a whole tensor, the same on every process, sharded as another one is."""
     if not isinstance(like, DTensor):
         return tensor
     # No communication: every process cuts its share out of its own copy.
@@ -130,24 +82,12 @@ def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def standing(parameter: nn.Parameter) -> torch.Tensor:
-    """Returns what stands in a parameter's place, as [`put`] will leave it.
-
-    Args:
-        parameter (`torch.nn.Parameter`): Ordinary, gathered by ZeRO-3 or a `DTensor`.
-
-    Returns:
-        `torch.Tensor`: The tensor itself, or a copy of this process's share.
-    """
+    """Returns what stands in a parameter's place, as [`put`] will leave it."""
     return parameter.detach().clone() if isinstance(parameter, DTensor) else parameter.data
 
 
 def put(parameter: nn.Parameter, tensor: torch.Tensor) -> None:
-    """Puts a tensor in a parameter's place.
-
-    Args:
-        parameter (`torch.nn.Parameter`): Ordinary, gathered by ZeRO-3 or a `DTensor`.
-        tensor (`torch.Tensor`): Of its shape and dtype, spread as it is.
-    """
+    """Puts a tensor in a parameter's place."""
     if isinstance(parameter, DTensor):
         # FSDP2 gathers from storage of its own, which the parameter only views.
         with torch.no_grad():
@@ -157,10 +97,6 @@ def put(parameter: nn.Parameter, tensor: torch.Tensor) -> None:
 
 
 def same_on_all(tensors: Iterable[torch.Tensor]) -> None:
-    """Overwrites tensors with those of the first process, so that processors of two makes cannot disagree in a bit.
-
-    Args:
-        tensors (`Iterable[torch.Tensor]`): Contiguous tensors, of the same shapes on every process.
-    """
+    """Overwrites tensors with those of the first process, so that processors of two makes cannot disagree in a bit."""
     for tensor in tensors:
         dist.broadcast(tensor, src=0)

@@ -50,83 +50,40 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
         self._block_hooks: dict[str, list] = {}
 
     def plan_in_same_words(self, config: TinyLoraConfig) -> Optional[Plan]:
-        """Returns the plan of adapters whose configuration named the modules in the same words, or None.
-
-        Args:
-            config ([`TinyLoraConfig`]): The adapter's configuration.
-
-        Returns:
-            [`Plan`] or `None`
-        """
+        """Returns the plan of adapters whose configuration named the modules in the same words, or None."""
         targets = Plan.targets_of(config)
         return next((plan for plan in self.plans if targets in plan.targets and plan.serves(config)), None)
 
     def same_plan(self, plan: Plan) -> Plan:
-        """Returns the plan that is there already with the same content, or the given one.
-
-        Args:
-            plan ([`Plan`]): A new plan.
-
-        Returns:
-            [`Plan`]
-        """
+        """Returns the plan that is there already with the same content, or the given one."""
         return next((known for known in self.plans if not known.differences(plan)), plan)
 
     def measured(self, module: str, rank: int) -> Optional[Measured]:
-        """Returns what is known of a module's weight, or None where no adapter of this rank has the module.
-
-        Args:
-            module (`str`): Its name.
-            rank (`int`): The rank.
-
-        Returns:
-            [`~trl_tinylora.storage.fingerprint.Measured`] or `None`
-        """
+        """Returns what is known of a module's weight, or None where no adapter of this rank has the module."""
         found = (plan.measured[module] for plan in self.plans if plan.rank == rank and module in plan.measured)
         # The one with most probes, which serves an adapter of few modules as well.
         return max(found, key=lambda measured: len(measured.probe.values), default=None)
 
     def add(self, adapter_name: str, vectors: Vectors) -> None:
-        """Takes in an adapter's vectors.
-
-        Args:
-            adapter_name (`str`): A name that is not yet taken.
-            vectors ([`Vectors`]): Its values.
-        """
+        """Takes in an adapter's vectors."""
         self.trl_tinylora_v[adapter_name] = vectors
         vectors.plan.adapters.add(adapter_name)
         if vectors.plan not in self.plans:
             self.plans.append(vectors.plan)
 
     def vectors(self, adapter_name: str) -> Optional[Vectors]:
-        """Returns an adapter's vectors, or None where there is no such adapter.
-
-        Args:
-            adapter_name (`str`): Its name.
-
-        Returns:
-            [`Vectors`] or `None`
-        """
+        """Returns an adapter's vectors, or None where there is no such adapter."""
         return self.trl_tinylora_v[adapter_name] if adapter_name in self.trl_tinylora_v else None
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Deletes an adapter, and its plan where no other one follows it; one that is not there is none to delete.
-
-        Args:
-            adapter_name (`str`): Its name.
-        """
+        """Deletes an adapter, and its plan where no other one follows it; one that is not there is none to delete."""
         super().delete_adapter(adapter_name)
         for plan in self.plans:
             plan.adapters.discard(adapter_name)
         self.plans = [plan for plan in self.plans if plan.adapters]
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Makes adapters the active ones, trained unless `inference_mode`.
-
-        Args:
-            adapter_names (`str` or `list[str]`): Their names.
-            inference_mode (`bool`, *optional*, defaults to `False`): Whether they are frozen.
-        """
+        """Makes adapters the active ones, trained unless `inference_mode`."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         # One cheap look at each: there may be thousands.
         for name, vectors in self.trl_tinylora_v.items():
@@ -134,28 +91,18 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
         self._active_adapter = names
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Sets whether adapters are trained.
-
-        Args:
-            adapter_names (`str` or `Sequence[str]`): Their names.
-            requires_grad (`bool`, *optional*, defaults to `True`): Whether they are.
-        """
+        """Sets whether adapters are trained."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             vectors = self.vectors(name)
             if vectors is not None:
                 vectors.set_trained(requires_grad)
 
     def before_blocks(self, module: nn.Module, args: tuple) -> None:
-        """
-        Forward pre-hook of what calls the blocks: puts the original weights back where merged ones would be wrong.
+        """Forward pre-hook of what calls the blocks: puts the original weights back where merged ones would be wrong.
 
         That is a pass with the adapters disabled, and one that trains: merged values would get no gradient. TRL merges,
         sends the weights and unmerges, and where sending them fails nothing unmerges. The place is outside the blocks,
         for a reentrant checkpoint around one calls it without gradients.
-
-        Args:
-            module (`torch.nn.Module`): What holds the blocks.
-            args (`tuple`): Its positional arguments.
         """
         if not self.merged_layers or not (self.disable_adapters or self._trains(module)):
             return
@@ -180,12 +127,7 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
         return any(vectors.is_trained or vectors.values_GK.requires_grad for vectors in self.trl_tinylora_v.values())
 
     def place_hooks(self, model: nn.Module, block: str) -> None:
-        """Puts the forward pre-hooks on a first adapted block and on what calls the blocks, unless they are there.
-
-        Args:
-            model (`torch.nn.Module`): The base model.
-            block (`str`): Name of the block; "" for the model itself.
-        """
+        """Puts the forward pre-hooks on a first adapted block and on what calls the blocks, unless they are there."""
         if block in self._block_hooks:
             return
         # What calls the blocks: their list and a dictionary of modules around it have no forward of their own.
@@ -238,12 +180,7 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
         return args, kwargs
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
-        """Notes that the layers were merged; they do it themselves.
-
-        Args:
-            safe_merge (`bool`, *optional*): Of no effect here.
-            adapter_names (`list[str]`, *optional*): Adapters; the active ones by default.
-        """
+        """Notes that the layers were merged; they do it themselves."""
         merged_before = list(self.merged_adapters)
         names = self.active_adapters if adapter_names is None else adapter_names
         self.merged_adapters.extend(name for name in names if name not in merged_before)

@@ -63,26 +63,12 @@ class Plan:
 
     @classmethod
     def fields_of(cls, config: TinyLoraConfig) -> dict:
-        """Returns the fields of a configuration that a plan depends on, apart from the modules.
-
-        Args:
-            config ([`TinyLoraConfig`]): Any adapter's.
-
-        Returns:
-            `dict`
-        """
+        """Returns the fields of a configuration that a plan depends on, apart from the modules."""
         return {field: getattr(config, field) for field in cls.FIELDS}
 
     @staticmethod
     def targets_of(config: TinyLoraConfig) -> tuple:
-        """Returns the fields of a configuration that choose the modules, as something to look up.
-
-        Args:
-            config ([`TinyLoraConfig`]): Any adapter's.
-
-        Returns:
-            `tuple`
-        """
+        """Returns the fields of a configuration that choose the modules, as something to look up."""
         asked_for = config.target_modules, config.exclude_modules, config.layers_to_transform, config.layers_pattern
         return tuple(
             frozenset(value) if isinstance(value, set) else tuple(value) if isinstance(value, list) else value
@@ -95,14 +81,7 @@ class Plan:
         return self.rank, frozenset(self.rotated.items())
 
     def factor_key(self, module: str) -> Hashable:
-        """Returns what is equal for plans with the same factors of one module.
-
-        Args:
-            module (`str`): Its name.
-
-        Returns:
-            `Hashable`
-        """
+        """Returns what is equal for plans with the same factors of one module."""
         return self.rank, self.rotated.get(module)
 
     @property
@@ -117,27 +96,13 @@ class Plan:
         return {name: basis for name, basis in found.items() if basis is not None}
 
     def serves(self, config: TinyLoraConfig) -> bool:
-        """Returns whether an adapter with these modules may follow the plan.
-
-        Args:
-            config ([`TinyLoraConfig`]): Its configuration.
-
-        Returns:
-            `bool`
-        """
+        """Returns whether an adapter with these modules may follow the plan."""
         if self.fields != self.fields_of(config):
             return False
         return config.singular_bases == self.singular_bases if config.singular_bases else not self.rotated
 
     def differences(self, other: Plan) -> list[str]:
-        """Returns what sets two plans apart, a phrase for each field.
-
-        Args:
-            other ([`Plan`]): Another plan.
-
-        Returns:
-            `list[str]`: Empty where the values of one may stand in for those of the other.
-        """
+        """Returns what sets two plans apart, a phrase for each field."""
         phrases = [
             f"{field} ({value!r} and {other.fields[field]!r})"
             for field, value in self.fields.items()
@@ -162,9 +127,5 @@ class Plan:
         return self.groups_M.to(device), self.projections_MKRR.to(device, dtype)
 
     def apply(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Moves the frozen tensors to another device or dtype.
-
-        Args:
-            fn (`Callable`): What `torch.nn.Module` applies to its tensors.
-        """
+        """Moves the frozen tensors to another device or dtype."""
         self.groups_M, self.projections_MKRR = fn(self.groups_M), fn(self.projections_MKRR)

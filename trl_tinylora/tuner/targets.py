@@ -24,14 +24,7 @@ ADAPTABLE = (nn.Linear, Conv1D)
 
 
 def skeleton(model_or_config: Union[nn.Module, PretrainedConfig]) -> nn.Module:
-    """Returns a model whose module names can be read: a configuration becomes a causal language model without weights.
-
-    Args:
-        model_or_config (`torch.nn.Module` or `transformers.PretrainedConfig`): A model is returned as it is.
-
-    Returns:
-        `torch.nn.Module`
-    """
+    """Returns a model whose module names can be read: a configuration becomes a causal language model without weights."""
     if not isinstance(model_or_config, PretrainedConfig):
         return model_or_config
     with torch.device("meta"):
@@ -42,27 +35,12 @@ def skeleton(model_or_config: Union[nn.Module, PretrainedConfig]) -> nn.Module:
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """Returns the linear layer itself where an adapter layer is around it.
-
-    Args:
-        module (`torch.nn.Module`): A module of the model.
-
-    Returns:
-        `torch.nn.Module`
-    """
+    """Returns the linear layer itself where an adapter layer is around it."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def as_OI(linear: nn.Module, weight: torch.Tensor) -> torch.Tensor:
-    """Returns a view of a linear layer's weight as (out_features, in_features).
-
-    Args:
-        linear (`torch.nn.Module`): `nn.Linear` or `Conv1D`.
-        weight (`torch.Tensor`): Its weight, in the layer's own layout.
-
-    Returns:
-        `torch.Tensor` of shape `(out_features, in_features)`.
-    """
+    """Returns a view of a linear layer's weight as (out_features, in_features)."""
     return weight.T if isinstance(linear, Conv1D) else weight
 
 

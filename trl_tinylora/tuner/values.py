@@ -51,11 +51,7 @@ class Vectors(nn.Module):
         return self.plan.shape
 
     def set_trained(self, is_trained: bool) -> None:
-        """Sets whether the values are trained.
-
-        Args:
-            is_trained (`bool`): Whether they are.
-        """
+        """Sets whether the values are trained."""
         self.is_trained = is_trained
         if self.values_GK.requires_grad != is_trained:
             self.values_GK.requires_grad_(is_trained)
@@ -79,14 +75,7 @@ class Vectors(nn.Module):
         return self._mix(self.whole_values(), modules)
 
     def mixing(self, index: int) -> torch.Tensor:
-        """Returns R of one module, as [`mixings`] does.
-
-        Args:
-            index (`int`): Position of the module among the adapted ones.
-
-        Returns:
-            `torch.Tensor` of shape `(r, r)`, dtype float32 or wider.
-        """
+        """Returns R of one module, as [`mixings`] does."""
         return self.mixings(slice(index, index + 1))[0]
 
     def mixing_of_pass(self, index: int) -> torch.Tensor:
@@ -109,14 +98,7 @@ class Vectors(nn.Module):
         return self._mixing_MRR[index]
 
     def begin_pass(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Computes every module's R, without a graph, and puts the gradient sink on the hidden states.
-
-        Args:
-            hidden (`torch.Tensor`): What enters the first adapted block.
-
-        Returns:
-            `torch.Tensor`: The same values.
-        """
+        """Computes every module's R, without a graph, and puts the gradient sink on the hidden states."""
         with torch.no_grad(), without_autocast(self.values_GK):
             self._mixing_MRR = self._mix(self.values_GK, slice(None))
         self._computed_from = self._state_of_values()
@@ -128,14 +110,7 @@ class Vectors(nn.Module):
         return GradientSink.apply(hidden, self.values_GK, self.collect)
 
     def gradient_hook(self, index: int) -> Optional[partial]:
-        """Returns what takes the gradient of one module's R, or None where the values are frozen.
-
-        Args:
-            index (`int`): Position of the module among the adapted ones.
-
-        Returns:
-            `Callable` or `None`
-        """
+        """Returns what takes the gradient of one module's R, or None where the values are frozen."""
         if not self.values_GK.requires_grad:
             return None
         return partial(self.buffer.add, index, n_modules=len(self.plan.index))
