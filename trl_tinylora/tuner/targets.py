@@ -24,7 +24,7 @@ ADAPTABLE = (nn.Linear, Conv1D)
 
 
 def skeleton(model_or_config: Union[nn.Module, PretrainedConfig]) -> nn.Module:
-    """Returns a model whose module names can be read: a configuration becomes a causal language model without weights."""
+    """Returns a model whose module names can be read; a configuration becomes one without weights."""
     if not isinstance(model_or_config, PretrainedConfig):
         return model_or_config
     with torch.device("meta"):
