@@ -35,7 +35,7 @@ from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from trl.distributed import DistributedBackend
 from trl.generation.vllm_generation import VLLMGeneration
 
-import trl_tinylora.storage.cache
+import trl_tinylora.tuner.build
 import trl_tinylora.tuner.model
 import trl_tinylora.tuner.steps
 from trl_tinylora import TinyLoraConfig
@@ -209,7 +209,7 @@ CONTROLS = {
 @contextlib.contextmanager
 def whole_weights_while_building(most):
     """Appends to `most` how many of the model's spread weights were whole whenever singular vectors were taken."""
-    models, compute, decompose = [], trl_tinylora.tuner.model.compute_factors, trl_tinylora.storage.cache.truncated_svd
+    models, compute, decompose = [], trl_tinylora.tuner.model.compute_factors, trl_tinylora.tuner.build.truncated_svd
 
     def computing(model, names, rank):
         models.append(model)
@@ -221,7 +221,7 @@ def whole_weights_while_building(most):
 
     with (
         mock.patch.object(trl_tinylora.tuner.model, "compute_factors", computing),
-        mock.patch.object(trl_tinylora.storage.cache, "truncated_svd", decomposing),
+        mock.patch.object(trl_tinylora.tuner.build, "truncated_svd", decomposing),
     ):
         yield
 

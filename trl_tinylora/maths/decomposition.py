@@ -18,43 +18,9 @@ Suffixes name the dimensions: O out, I in, R rank, K values of a group (the pape
 from __future__ import annotations
 
 import hashlib
-from typing import NamedTuple
 
 import numpy as np
 import torch
-
-from .svd import BASIS_FOR_BLOCK, leading_triplets
-
-
-# Up to this many rows or columns a full SVD costs less than an iteration.
-FULL_SVD_BELOW = 256
-# The larger of ||W v - s u|| and ||W^T u - s v|| over the largest singular value, computed and not assumed. A singular
-# vector is right to this over its gap, the distance to the nearest other singular value over the largest one: to 1e-4
-# where the gap is 1e-3 or more.
-RESIDUAL_TOLERANCE = 1e-7
-# The same of a computation elsewhere, where products of a few thousand terms may be in float32.
-RESIDUAL_ELSEWHERE = 1e-5
-# Entries of a weight that are looked at together, at least: pieces have a price of their own.
-SMALLEST_PIECE = 2**13
-# Error of rounding to bfloat16 over the size of the entries, root mean squares: 2**-8 / sqrt(3) over a mean mantissa.
-BFLOAT16_ROUNDING = 1.6e-3
-
-
-class Factors(NamedTuple):
-    """
-    The frozen factors of a weight, and how far they are determined by it.
-
-    Args:
-        left_OR (`torch.Tensor`): U S, shape `(out_features, r)`.
-        right_RI (`torch.Tensor`): V^T, shape `(r, in_features)`.
-        uncertainty (`float`): About by how much a singular vector turns (in radians, at most 1) between two
-            computations of it, one of them from weights rounded to bfloat16: the error over the nearest gap of the
-            singular values. Where values coincide, their basis is arbitrary, and this is 1.
-    """
-
-    left_OR: torch.Tensor
-    right_RI: torch.Tensor
-    uncertainty: float
 
 
 def delta_weight(left_OR: torch.Tensor, mixing_RR: torch.Tensor, right_RI: torch.Tensor) -> torch.Tensor:
@@ -172,85 +138,3 @@ def basis_projections(u: int, r: int) -> torch.Tensor:
         `torch.Tensor` of shape `(u, r, r)`, dtype float32, on the CPU.
     """
     return torch.eye(r * r)[:u].reshape(u, r, r)
-
-
-@torch.no_grad()
-def truncated_svd(weight_OI: torch.Tensor, rank: int) -> Factors:
-    """
-    Returns the frozen factors `U S` and `V^T` of a weight's truncated SVD (arXiv:2602.04118, section 4).
-
-    Small matrices are decomposed in full in float64. Large ones by [`~trl_tinylora.maths.svd.leading_triplets`], in the
-    end in float64, until the residual is below [`RESIDUAL_TOLERANCE`], with less than 5% of the weight's bytes beside
-    it (at rank 2, where the longer side is 3584 or more in bfloat16, 1792 in float32); in full where it does not get
-    there.
-    The sign of each pair of singular vectors is such that the entry of largest magnitude in the left one is positive.
-    No random state outside is touched.
-
-    Args:
-        weight_OI (`torch.Tensor`): Frozen weight, shape `(out_features, in_features)`, any float dtype.
-        rank (`int`): Number of singular triplets kept, `1 <= rank <= min(out_features, in_features)`.
-
-    Returns:
-        [`Factors`]: dtype float32 (float64 for a float64 weight), on the weight's device.
-
-    Raises:
-        ValueError: If the rank exceeds the weight's dimensions or the weight has non-finite entries.
-    """
-    smallest = min(weight_OI.shape)
-    if not 1 <= rank <= smallest:
-        raise ValueError(
-            f"rank {rank} is not within 1..{smallest} for a weight of shape {tuple(weight_OI.shape)}: lower `r`."
-        )
-    # Of what is contiguous, or it would be copied; and without a mask as large as the weight.
-    if not torch.stack((weight_OI if weight_OI.is_contiguous() else weight_OI.T).aminmax()).isfinite().all():
-        bad = sum(int((~torch.isfinite(part)).sum()) for part in in_pieces(weight_OI))
-        raise ValueError(
-            f"{bad} of {weight_OI.numel()} entries are not finite: the weights are damaged, load them again."
-        )
-    # Where a good part of all vectors is wanted, the full SVD is as good.
-    is_small = smallest <= FULL_SVD_BELOW or smallest < BASIS_FOR_BLOCK * rank
-    found = None if is_small else leading_triplets(weight_OI, rank, RESIDUAL_TOLERANCE)
-    if found is None:
-        left_OR, sigma, right_RI = _full_svd(weight_OI, rank)
-    else:
-        left_OR, sigma, right_RI = found.left_RO.T, found.sigma.to(weight_OI.device), found.right_RI
-    sigma_R = sigma[:rank]
-    sign_R = left_OR.gather(0, left_OR.abs().argmax(dim=0, keepdim=True)).sign().squeeze(0)
-    dtype = torch.promote_types(weight_OI.dtype, torch.float32)
-    return Factors(
-        (left_OR * (sign_R * sigma_R)).to(dtype).contiguous(),
-        (right_RI * sign_R[:, None]).to(dtype).contiguous(),
-        _uncertainty(weight_OI, sigma, rank),
-    )
-
-
-def in_pieces(weight_OI: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Returns views of a few rows of a weight each, so that what is made of one of them is small beside the weight.
-
-    Args:
-        weight_OI (`torch.Tensor`): Shape `(out_features, in_features)`.
-
-    Returns:
-        `tuple[torch.Tensor, ...]`: Each has about 0.25% of the entries, or as many rows as [`SMALLEST_PIECE`] entries.
-    """
-    rows, columns = weight_OI.shape
-    return weight_OI.split(max(rows // 400, SMALLEST_PIECE // columns, 1))
-
-
-def _uncertainty(weight_OI: torch.Tensor, sigma: torch.Tensor, rank: int) -> float:
-    # First-order perturbation theory: an error's entry between two singular vectors, over the gap of their values.
-    sigma = torch.cat([sigma.double(), sigma.new_zeros(1, dtype=torch.float64)])[: rank + 1]
-    if sigma[0] == 0:
-        return 1.0
-    squares = sum(
-        torch.linalg.vector_norm(part / sigma[0].to(part), dtype=torch.float64).square()
-        for part in in_pieces(weight_OI)
-    )
-    error = BFLOAT16_ROUNDING * (squares.item() / weight_OI.numel()) ** 0.5 + RESIDUAL_ELSEWHERE
-    gap = (-sigma.diff()).min().item() / sigma[0].item()
-    return min(error / gap, 1.0) if gap > 0 else 1.0
-
-
-def _full_svd(matrix_OI: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    left, sigma, right = torch.linalg.svd(matrix_OI.double(), full_matrices=False)
-    return left[:, :rank], sigma[: rank + 1], right[:rank]

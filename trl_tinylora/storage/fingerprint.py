@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..maths.decomposition import BFLOAT16_ROUNDING, frozen_stream, in_pieces
+from ..maths.decomposition import frozen_stream
+from ..maths.svd import BFLOAT16_ROUNDING, in_pieces
 
 
 # An adapter keeps at least this many numbers, so that one of few modules is proved as well.
@@ -51,7 +52,7 @@ class Measured(NamedTuple):
 
     Args:
         probe ([`Probe`]): Its part in a fingerprint.
-        uncertainty (`float`): As of [`~trl_tinylora.maths.decomposition.Factors`].
+        uncertainty (`float`): As of [`~trl_tinylora.maths.svd.Factors`].
     """
 
     probe: Probe

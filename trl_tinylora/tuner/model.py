@@ -10,11 +10,9 @@ from typing import Optional
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
-from tqdm import tqdm
 
 from ..config import TinyLoraConfig
-from ..distributed import gathered, is_spread, same_on_all, whole
-from ..storage.cache import cached_svd
+from ..distributed import is_spread
 from ..storage.checkpoint import (
     FACTORS,
     PREFIX,
@@ -27,13 +25,13 @@ from ..storage.checkpoint import (
     same_factor,
     stored_factors,
 )
-from ..storage.fingerprint import SAME_BITS, Measured, probes_needed, refuse_another_base, take_probe
+from ..storage.fingerprint import SAME_BITS, refuse_another_base
 from .bank import Plan, Rows, TinyLoraBank, TinyLoraLayer, Vectors
+from .build import BANK, compute_factors
 from .layer import Linear
-from .targets import as_OI, resolve_target_modules, unwrap
+from .targets import resolve_target_modules
 
 
-BANK = "tinylora_bank"
 # PEFT's name for a row without an adapter.
 BASE_ROW = "__base__"
 
@@ -330,56 +328,6 @@ class TinyLoraModel(BaseTuner):
         state_dict = {name: tensor for name, tensor in state_dict.items() if name.removeprefix(PREFIX) not in own}
         state_dict[PREFIX + VALUES] = own[VALUES].float()
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-
-
-def compute_factors(
-    model: nn.Module, names: list[str], rank: int
-) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], dict[str, Measured]]:
-    """Returns U S and V^T of each module, taken from an adapter of the same rank where there is one.
-
-    Args:
-        model (`torch.nn.Module`): The base model.
-        names (`list[str]`): Names of the modules.
-        rank (`int`): The rank.
-
-    Returns:
-        `tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], dict[str, Measured]]`
-
-    Raises:
-        ValueError: If a weight has non-finite entries or is on the meta device; the message names the module.
-    """
-    factors, measured = {}, {}
-    needed = probes_needed(len(names))
-    for name in tqdm(names, desc="TinyLoRA: singular vectors", delay=3, leave=False):
-        module = model.get_submodule(name)
-        known = module.factors(rank) if isinstance(module, Linear) else None
-        before = None if known is None else getattr(model, BANK).measured(name, rank)
-        if before is not None and len(before.probe.values) >= needed:
-            factors[name], measured[name] = known, before
-            continue
-        linear = unwrap(module)
-        if linear.weight.is_meta:
-            raise ValueError(
-                f"the weight of {name} is on the meta device: it has no values yet. Load the model's weights first "
-                "(`from_pretrained` without `device_map='meta'` or `init_empty_weights`; under FSDP with "
-                "`fsdp_cpu_ram_efficient_loading: false`, for otherwise only the first process has them)."
-            )
-        must_gather = is_spread(linear.weight)
-        try:
-            # One weight at a time: what is whole at any moment is small beside the model.
-            with gathered([linear.weight]):
-                weight = module.unmerged_weight() if isinstance(module, Linear) else linear.weight.data
-                weight_OI = as_OI(linear, whole(weight))
-                left_OR, right_RI, uncertainty = (
-                    cached_svd(weight_OI, rank) if before is None else (*known, before.uncertainty)
-                )
-                measured[name] = Measured(take_probe(name, weight_OI, needed), uncertainty)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        factors[name] = left_OR, right_RI
-        if must_gather:
-            same_on_all(factors[name])
-    return factors, measured
 
 
 def _bank_of(model: nn.Module) -> TinyLoraBank:

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import trl_tinylora.config
-import trl_tinylora.storage.cache
+import trl_tinylora.tuner.build
 from trl_tinylora import TinyLoraConfig
-from trl_tinylora.maths.decomposition import truncated_svd
+from trl_tinylora.maths.svd import truncated_svd
 from trl_tinylora.storage.fingerprint import fingerprint, probes_needed, refuse_another_base, take_probe
 
 
@@ -408,7 +408,7 @@ def turned(tiny_qwen2, tmp_path, token_ids, monkeypatch):
         return left / sigma @ turn * sigma, turn.T @ right, uncertainty
 
     with monkeypatch.context() as patch:
-        patch.setattr(trl_tinylora.storage.cache, "truncated_svd", elsewhere)
+        patch.setattr(trl_tinylora.tuner.build, "truncated_svd", elsewhere)
         model = adapted(degenerate(tiny_qwen2()), n_tie=4, u=3)
     expected = logits(model, token_ids)
     model.save_pretrained(tmp_path / "turned")

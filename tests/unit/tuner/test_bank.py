@@ -68,7 +68,7 @@ def tensors_of(model):
 def test_another_adapter_of_a_plan_needs_no_singular_vectors_no_projections_and_no_walk(tiny_qwen2, monkeypatch):
     model = with_adapters(tiny_qwen2(), ["default"])
     calls = []
-    for name in ("cached_svd", "compute_factors", "resolve_target_modules", "Plan"):
+    for name in ("compute_factors", "resolve_target_modules", "Plan"):
         original = getattr(trl_tinylora.tuner.model, name)
         if name == "Plan":
             monkeypatch.setattr(Plan, "__init__", lambda *args, **kwargs: calls.append("Plan"))
@@ -88,7 +88,7 @@ def test_another_adapter_of_a_plan_needs_no_singular_vectors_no_projections_and_
     # Negative control: at another rank all of it is needed.
     with pytest.raises(AttributeError):
         model.add_adapter("another rank", TinyLoraConfig(r=3, **FIELDS))
-    assert {"cached_svd", "compute_factors", "resolve_target_modules", "Plan", "walk"} == set(calls)
+    assert {"compute_factors", "resolve_target_modules", "Plan", "walk"} == set(calls)
 
 
 def test_two_hundred_adapters_cost_their_values(tiny_qwen2):

@@ -18,7 +18,7 @@ from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
-import trl_tinylora.storage.cache
+import trl_tinylora.tuner.build
 import trl_tinylora.tuner.model
 from trl_tinylora import TinyLoraConfig
 from trl_tinylora.tuner.bank import TinyLoraLayer
@@ -243,13 +243,13 @@ def test_an_added_adapter_leaves_the_first_one_as_it_was(tiny_qwen2, token_ids):
 @pytest.fixture
 def svd_calls(monkeypatch):
     calls = []
-    original = trl_tinylora.storage.cache.truncated_svd
+    original = trl_tinylora.tuner.build.truncated_svd
 
     def spy(weight, rank):
         calls.append((tuple(weight.shape), rank))
         return original(weight, rank)
 
-    monkeypatch.setattr(trl_tinylora.storage.cache, "truncated_svd", spy)
+    monkeypatch.setattr(trl_tinylora.tuner.build, "truncated_svd", spy)
     return calls
 
 
