@@ -4,8 +4,6 @@ import os
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Tests of the cache give it a folder; no other one writes outside its own.
-os.environ["TRL_TINYLORA_CACHE"] = "off"
 
 import pytest
 import torch

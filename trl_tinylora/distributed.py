@@ -57,7 +57,7 @@ def refuse_tensor_parallel(model: nn.Module) -> None:
 
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Makes ZeRO-3's parameters whole inside the context, for reading; those that are whole already stay as they are."""
+    """Makes ZeRO-3's parameters whole inside the context, for reading; those that are whole stay as they are."""
     partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
     if not partitioned:
         yield

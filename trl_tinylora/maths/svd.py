@@ -1,280 +1,249 @@
 """
-Leading singular vectors of a large matrix: float64, little memory, and a residual that is computed.
+The truncated SVD of a weight: in full where it is small, by block Lanczos where it is large.
 
-Thick-restart block Lanczos (Wu and Simon, SIAM J. Matrix Anal. Appl. 22, 2000) on the Gram matrix `A^T A` of one side,
-with every vector orthogonalised twice against the whole basis: first in float32, where a product takes half the time,
-and from what that finds in float64, which has little left to do. The weight is read a few rows at a time, and only
-those are turned into another dtype. Vectors stand in rows, since products with a row-major matrix are several times
-faster that way.
+Thick-restart block Lanczos (Wu and Simon, SIAM J. Matrix Anal. Appl. 22, 2000) on the Gram matrix `W^T W`, in float64.
+The weight is multiplied a few rows at a time, and only those are turned into float64. Vectors stand in rows.
 
-Suffixes: P and Q are the rows and columns of the weight as it lies in memory, S and L the side that the Gram matrix is
-of and the other one, N the vectors of the basis, K those of a block, R those that are wanted.
+Suffixes: O and I as in `decomposition.py`; P and Q are the rows and columns of the weight as it lies in memory, N the
+vectors of the Lanczos basis, B those of a block.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple, Optional
 
 import torch
 
 
-# Shares of the weight's own bytes. With blocks and results they make less than 5% at rank 2, where the smallest basis
-# is no more than its share: with a longer side of 3584 in bfloat16, of 1792 in float32.
-PIECE_SHARE, SMALLEST_PIECE, LARGEST_PIECE = 0.02, 2**15, 2**22
-BASIS_SHARE, LARGEST_BASIS = 0.016, 96
-# With fewer rows than this a wide matrix has its Gram matrix on that side, which takes two readings for a product: a
-# basis of the other side would be too large beside the weight.
-FEW_ROWS = 2048
-# With fewer vectors in the basis, or for each one of a block, a restart throws away what then has to be found again.
-SMALLEST_BASIS, BASIS_FOR_BLOCK = 14, 5
+# The full SVD's operations grow with the smaller side squared times the larger one. Up to this it costs less than
+# Lanczos does on the slowest spectrum of a real weight: measured on one core from 192 x 192 to 512 x 512.
+FULL_SVD_BELOW = 2**26
+# The residual over the largest singular value. A singular vector is right to this over its gap, the distance to the
+# nearest other singular value over the largest one: to 1e-4 where the gap is 1e-3 or more.
+RESIDUAL_TOLERANCE = 1e-7
 # Products with the Gram matrix. A random matrix, which has the flattest spectrum that occurs, takes about a hundred.
 MAX_PRODUCTS = 1000
-# A vector of which the basis leaves no more than this times the dtype's precision, over the largest, was in its span:
-# the rest is rounding.
-NOTHING = 45
+# Parts of a weight that are worked on in turn: each is 3% of a float32 weight's bytes once it is float64.
+PIECES, SMALLEST_PIECE = 64, 2**15
+# The same residual of a computation elsewhere, where products of a few thousand terms may be in float32.
+RESIDUAL_ELSEWHERE = 1e-5
+# Error of rounding to bfloat16 over the size of the entries, root mean squares: 2**-8 / sqrt(3) over a mean mantissa.
+BFLOAT16_ROUNDING = 1.6e-3
+
+
+class Factors(NamedTuple):
+    """
+    The frozen factors of a weight, and how far they are determined by it.
+
+    Args:
+        left_OR (`torch.Tensor`): U S, shape `(out_features, r)`.
+        right_RI (`torch.Tensor`): V^T, shape `(r, in_features)`.
+        uncertainty (`float`): About by how much a singular vector turns (in radians, at most 1) between two
+            computations of it, one of them from weights rounded to bfloat16: the error over the nearest gap of the
+            singular values. Where values coincide, their basis is arbitrary, and this is 1.
+    """
+
+    left_OR: torch.Tensor
+    right_RI: torch.Tensor
+    uncertainty: float
 
 
 class Triplets(NamedTuple):
     """
-    The leading singular triplets of a weight.
+    The leading singular triplets of a weight, dtype float64, on its device.
 
     Args:
-        left_RO (`torch.Tensor`): U^T, orthonormal rows, shape `(r, out_features)`, dtype float64.
-        sigma (`torch.Tensor`): S and the next singular value, shape `(r + 1,)`, dtype float64.
-        right_RI (`torch.Tensor`): V^T, orthonormal rows, shape `(r, in_features)`, dtype float64.
-        residual (`float`): The largest of `||W v - s u||` and `||W^T u - s v||` over the largest singular value,
-            computed from these very vectors.
+        left_OR (`torch.Tensor`): U, orthonormal columns, shape `(out_features, r)`.
+        sigma (`torch.Tensor`): S and an estimate of the next singular value, shape `(r + 1,)`.
+        right_RI (`torch.Tensor`): V^T, orthonormal rows, shape `(r, in_features)`.
+        residual (`float`): The largest `||W^T u - s v||` over the largest singular value, computed from these very
+            vectors; `W v = s u` holds up to rounding.
     """
 
-    left_RO: torch.Tensor
+    left_OR: torch.Tensor
     sigma: torch.Tensor
     right_RI: torch.Tensor
     residual: float
 
 
 @torch.no_grad()
-def leading_triplets(weight_OI: torch.Tensor, rank: int, tolerance: float) -> Optional[Triplets]:
+def truncated_svd(weight_OI: torch.Tensor, rank: int) -> Factors:
     """
-    Returns the leading singular triplets of a weight, or None where they are not found within [`MAX_PRODUCTS`].
+    Returns the frozen factors `U S` and `V^T` of a weight's truncated SVD (arXiv:2602.04118, section 4).
 
-    A singular vector is right to the tolerance over its gap: the distance from its singular value to the nearest other
-    one, over the largest. (The first-order bound; it is about half of that when the values are near the largest.)
+    The sign of each pair of singular vectors is such that the entry of largest magnitude in the left one is positive.
+    No random state outside is touched.
+
+    Args:
+        weight_OI (`torch.Tensor`): Frozen weight, shape `(out_features, in_features)`, any float dtype.
+        rank (`int`): Number of singular triplets kept, `1 <= rank <= min(out_features, in_features)`.
+
+    Returns:
+        [`Factors`]: dtype float32 (float64 for a float64 weight), on the weight's device.
+
+    Raises:
+        ValueError: If the rank exceeds the weight's dimensions or the weight has non-finite entries.
+    """
+    smallest = min(weight_OI.shape)
+    if not 1 <= rank <= smallest:
+        raise ValueError(
+            f"rank {rank} is not within 1..{smallest} for a weight of shape {tuple(weight_OI.shape)}: lower `r`."
+        )
+    bad = sum(int((~piece.isfinite()).sum()) for piece in in_pieces(weight_OI))
+    if bad:
+        raise ValueError(
+            f"{bad} of {weight_OI.numel()} entries are not finite: the weights are damaged, load them again."
+        )
+    # Where a good part of all vectors is wanted, the full SVD is as good.
+    is_small = smallest * weight_OI.numel() <= FULL_SVD_BELOW or smallest < 32 * rank
+    found = None if is_small else leading_triplets(weight_OI, rank)
+    left_OR, sigma, right_RI = _full_svd(weight_OI, rank) if found is None else found[:3]
+    sign_R = left_OR.gather(0, left_OR.abs().argmax(dim=0, keepdim=True)).sign().squeeze(0)
+    dtype = torch.promote_types(weight_OI.dtype, torch.float32)
+    return Factors(
+        (left_OR * (sign_R * sigma[:rank])).to(dtype).contiguous(),
+        (right_RI * sign_R[:, None]).to(dtype).contiguous(),
+        _uncertainty(weight_OI, sigma, rank),
+    )
+
+
+@torch.no_grad()
+def leading_triplets(weight_OI: torch.Tensor, rank: int, tolerance: float = RESIDUAL_TOLERANCE) -> Optional[Triplets]:
+    """
+    Returns the leading singular triplets of a weight by block Lanczos, or None where they are not found.
 
     Args:
         weight_OI (`torch.Tensor`): Finite entries, shape `(out_features, in_features)`, any float dtype.
-        rank (`int`): Number of triplets, at most a fifth of either dimension.
-        tolerance (`float`): Bound on the residual of [`Triplets`], at least 1e-8.
+        rank (`int`): Number of triplets, a small part of either dimension.
+        tolerance (`float`, *optional*): Bound on the residual of [`Triplets`], at least 1e-8.
 
     Returns:
-        [`Triplets`] on the weight's device, or `None`.
+        [`Triplets`], or `None` if the residual is not below the tolerance after [`MAX_PRODUCTS`] products.
     """
-    # A transposed view is read along the rows of what it is a view of.
-    is_turned = weight_OI.stride(0) < weight_OI.stride(1)
-    matrix_PQ = weight_OI.T if is_turned else weight_OI
-    generator = torch.Generator().manual_seed(0)
-    # What float32 cannot hold, or does not find, is left to float64.
-    begun = _leading_eigenvectors(Pieces(matrix_PQ, rank, torch.float32), None, rank, tolerance / 2, generator)
-    pieces = Pieces(matrix_PQ, rank, torch.float64)
-    found = _leading_eigenvectors(pieces, begun and begun[0], rank, tolerance / 2, generator)
+    # The transpose of a transposed view, so that rows are contiguous.
+    is_transposed = weight_OI.stride(0) < weight_OI.stride(1)
+    matrix_PQ = weight_OI.T if is_transposed else weight_OI
+    found = _leading_eigenvectors(matrix_PQ, rank, tolerance / 2)
     if found is None:
         return None
-    near_RS, sigma = found
-    if begun is not None:
-        # A few products say little of the next value, and all that they say is that it is no less.
-        sigma[rank] = max(sigma[rank].item(), begun[1][rank].item() * 2.0**pieces.exponent)
-    far_RL = pieces.across(near_RS)
-    sigma[:rank] = torch.linalg.vector_norm(far_RL, dim=1).cpu()
-    largest = sigma[0].item()
-    overlap_RR = _orthonormalise(far_RL, 0, largest, generator)
-    # W V is the triangle times U: what is not on its diagonal, or not the singular value there, is the residual.
-    one_side = torch.linalg.vector_norm(overlap_RR - sigma[:rank].diag(), dim=1)
-    other_side = pieces.back(far_RL).sub_(near_RS * sigma[:rank, None].to(near_RS.device))
-    residual = max(one_side.max().item(), torch.linalg.vector_norm(other_side, dim=1).max().item())
-    residual = residual / largest if largest > 0 else residual
-    if not residual <= tolerance:
+    right_RQ, sigma = found
+    image_PR = torch.cat([piece @ right_RQ.T for piece in _float64_pieces(matrix_PQ)])
+    left_PR, sigma[:rank], rotation_RR = torch.linalg.svd(image_PR, full_matrices=False)
+    right_RQ = rotation_RR @ right_RQ
+    rows_of_piece = len(in_pieces(matrix_PQ)[0])
+    pairs = zip(left_PR.split(rows_of_piece), _float64_pieces(matrix_PQ), strict=True)
+    error_RQ = sum(left.T @ piece for left, piece in pairs) - sigma[:rank, None] * right_RQ
+    residual = torch.linalg.vector_norm(error_RQ, dim=1).max().item()
+    if not residual <= tolerance * sigma[0].item():
         return None
-    left_RO, right_RI = (near_RS, far_RL) if pieces.is_wide != is_turned else (far_RL, near_RS)
-    return Triplets(left_RO, sigma * 2.0**-pieces.exponent, right_RI, residual)
+    left_OR, right_RI = (right_RQ.T, left_PR.T) if is_transposed else (left_PR, right_RQ)
+    return Triplets(left_OR, sigma, right_RI, residual / max(sigma[0].item(), torch.finfo(torch.float64).tiny))
 
 
-class Pieces:
-    """
-    A weight that is read a few rows at a time, in another dtype.
+def in_pieces(weight_OI: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Returns views of a few rows of a weight each, so that what is made of one of them is small beside the weight.
 
     Args:
-        matrix_PQ (`torch.Tensor`): The weight or its transpose, so that rows are contiguous.
-        width (`int`): Number of vectors that it will be multiplied by.
-        dtype (`torch.dtype`): What is computed in, float32 or float64.
+        weight_OI (`torch.Tensor`): Shape `(out_features, in_features)`.
+
+    Returns:
+        `tuple[torch.Tensor, ...]`: About [`PIECES`], fewer of a weight so small that a piece costs more than its work.
     """
+    rows, columns = weight_OI.shape
+    return weight_OI.split(max(rows // PIECES, SMALLEST_PIECE // columns, 1))
 
-    def __init__(self, matrix_PQ: torch.Tensor, width: int, dtype: torch.dtype):
-        self.matrix_PQ, self.dtype = matrix_PQ, dtype
-        rows, columns = matrix_PQ.shape
-        self.is_wide = rows < min(columns, FEW_ROWS)
-        self.bytes = matrix_PQ.numel() * matrix_PQ.element_size()
-        row_bytes = dtype.itemsize * columns
-        # Of a wide matrix a product with the longer side stands between the two of the Gram matrix.
-        between = max(width, 2) * row_bytes if self.is_wide else 0
-        size = min(max(PIECE_SHARE * self.bytes - between, SMALLEST_PIECE), LARGEST_PIECE)
-        self.step = min(max(int(size) // row_bytes, 1), rows)
-        # What is in the dtype already is read where it lies, unless it has to be scaled.
-        self.buffer = None
-        if matrix_PQ.dtype != dtype or dtype == torch.float64:
-            self.buffer = torch.empty(self.step, columns, dtype=dtype, device=matrix_PQ.device)
-        # Powers of two round nothing. Only float64 has entries whose squares float64 does not have.
-        self.exponent = 0
-        if matrix_PQ.dtype == dtype == torch.float64:
-            largest = max(piece.abs_().max().item() for _, piece in self)
-            self.exponent = min(max(-math.frexp(largest)[1], -1000), 1000)
 
-    def __iter__(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        for start in range(0, len(self.matrix_PQ), self.step):
-            part = self.matrix_PQ[start : start + self.step]
-            piece = part if self.buffer is None else self.buffer[: len(part)].copy_(part)
-            if self.exponent:
-                piece.mul_(2.0**self.exponent)
-            yield slice(start, start + len(part)), piece
+def rounding_error(weight_OI: torch.Tensor, largest: float) -> float:
+    """Returns about how much rounding to bfloat16 and computing elsewhere change a weight between two singular vectors.
 
-    @property
-    def side(self) -> int:
-        """The dimension that the Gram matrix is of."""
-        return self.matrix_PQ.shape[0 if self.is_wide else 1]
+    Args:
+        weight_OI (`torch.Tensor`): Shape `(out_features, in_features)`.
+        largest (`float`): Its largest singular value.
 
-    def gram(self, block_KS: torch.Tensor) -> torch.Tensor:
-        """Returns a block times the Gram matrix.
-
-        Args:
-            block_KS (`torch.Tensor`): Vectors in rows, in the dtype that is computed in.
-
-        Returns:
-            `torch.Tensor` of the same shape.
-        """
-        if self.is_wide:
-            return self.back(self.across(block_KS))
-        # The fewer digits are lost in the sum, the less is left to float64.
-        product_KS = torch.zeros_like(block_KS, dtype=torch.float64)
-        for _, piece in self:
-            product_KS += block_KS @ piece.T @ piece
-        return product_KS.to(block_KS.dtype)
-
-    def across(self, block_KS: torch.Tensor) -> torch.Tensor:
-        """Returns what the matrix makes of vectors of the Gram matrix's side.
-
-        Args:
-            block_KS (`torch.Tensor`): Vectors in rows, in the dtype that is computed in.
-
-        Returns:
-            `torch.Tensor` of as many vectors of the other side.
-        """
-        return self._down(block_KS) if self.is_wide else self._along(block_KS)
-
-    def back(self, block_KL: torch.Tensor) -> torch.Tensor:
-        """Returns what the matrix makes of vectors of the other side.
-
-        Args:
-            block_KL (`torch.Tensor`): Vectors in rows, in the dtype that is computed in.
-
-        Returns:
-            `torch.Tensor` of as many vectors of the Gram matrix's side.
-        """
-        return self._along(block_KL) if self.is_wide else self._down(block_KL)
-
-    def _down(self, block_KP: torch.Tensor) -> torch.Tensor:
-        product_KQ = block_KP.new_zeros(len(block_KP), self.matrix_PQ.shape[1])
-        for rows, piece in self:
-            product_KQ.addmm_(block_KP[:, rows], piece)
-        return product_KQ
-
-    def _along(self, block_KQ: torch.Tensor) -> torch.Tensor:
-        product_KP = block_KQ.new_empty(len(block_KQ), self.matrix_PQ.shape[0])
-        for rows, piece in self:
-            product_KP[:, rows] = block_KQ @ piece.T
-        return product_KP
+    Returns:
+        `float`: `|u^T E v|` for a change E, comparable with the distance of two singular values.
+    """
+    norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in in_pieces(weight_OI)]
+    root_mean_square = torch.stack(norms).norm().item() / weight_OI.numel() ** 0.5
+    return BFLOAT16_ROUNDING * root_mean_square + RESIDUAL_ELSEWHERE * largest
 
 
 def _leading_eigenvectors(
-    pieces: Pieces, start_RS: Optional[torch.Tensor], rank: int, tolerance: float, generator: torch.Generator
+    matrix_PQ: torch.Tensor, rank: int, tolerance: float
 ) -> Optional[tuple[torch.Tensor, torch.Tensor]]:
-    # Fewer vectors in a block than are wanted would not find all of those that share a singular value, and a single
-    # one could not tell that two do.
-    width, kind = max(rank, 2), {"dtype": pieces.dtype, "device": pieces.matrix_PQ.device}
-    budget = int(BASIS_SHARE * pieces.bytes) // (pieces.dtype.itemsize * pieces.side)
-    size = max(min(budget, LARGEST_BASIS), SMALLEST_BASIS, BASIS_FOR_BLOCK * width)
-    basis_NS = torch.empty(size, pieces.side, **kind)
-    # G Q = Q T + (the last block) (the last rows of T): T has a row for each vector of the basis, and a column for
-    # each but those of the last block.
-    projected = torch.zeros(size, size, dtype=torch.float64)
-    basis_NS[:width] = torch.randn(width, pieces.side, generator=generator, dtype=torch.float64)
-    if start_RS is not None:
-        basis_NS[:rank] = start_RS
-    _orthonormalise(basis_NS[:width], 0, 1.0, generator)
-    precision = torch.finfo(pieces.dtype).eps
-    done, largest = 0, 0.0
+    """The leading eigenvectors of the Gram matrix in rows, and roots of one eigenvalue more; None if not found."""
+    # A single vector could not tell that two share a singular value.
+    width, size, device = max(rank, 2), _basis_size(rank), matrix_PQ.device
+    basis_NQ = torch.empty(size, matrix_PQ.shape[1], dtype=torch.float64, device=device)
+    products_NQ = torch.empty_like(basis_NQ)
+    random_BQ = torch.randn(width, matrix_PQ.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    block_BQ, count = _orthonormal(random_BQ.to(device), basis_NQ[:0]), 0
     for _ in range(MAX_PRODUCTS):
-        end = done + 2 * width
-        basis_NS[done + width : end] = pieces.gram(basis_NS[done : done + width])
-        largest = max(largest, torch.linalg.vector_norm(basis_NS[done + width : end], dim=1).max().item())
-        projected[:end, done : done + width] = _orthonormalise(basis_NS[:end], done + width, largest, generator).T
-        done += width
-        if not projected[:end, :done].isfinite().all():
+        basis_NQ[count : count + width] = block_BQ
+        products_NQ[count : count + width] = _gram_product(matrix_PQ, block_BQ)
+        count += width
+        projected_NN = (basis_NQ[:count] @ products_NQ[:count].T).cpu()
+        if not projected_NN.isfinite().all():
             return None
-        inner = projected[:done, :done]
-        theta, turn = torch.linalg.eigh((inner + inner.T) / 2)
-        theta, turn = theta.flip(0), turn.flip(1)
-        residual = torch.linalg.vector_norm(projected[done:end, :done] @ turn[:, :rank], dim=0)
+        eigenvalues, vectors = torch.linalg.eigh((projected_NN + projected_NN.T) / 2)
+        eigenvalues, rotation_NN = eigenvalues.flip(0).to(device), vectors.flip(1).T.to(device)
+        ritz_BQ = rotation_NN[:width] @ basis_NQ[:count]
+        residual_BQ = rotation_NN[:width] @ products_NQ[:count] - eigenvalues[:width, None] * ritz_BQ
         # Zero is all that is known of a next value before there are as many vectors.
-        sigma = torch.nn.functional.pad(theta, (0, 1))[: rank + 1].clamp_min(0).sqrt()
-        # As ||A^T u - s v||: the Gram matrix's over the singular value, which has rounding of its own.
-        smallest = max(tolerance, 1000 * precision) * sigma[0]
-        if (residual <= tolerance * sigma[0] * sigma[:rank].clamp_min(smallest)).all():
-            return turn[:, :rank].T.to(**kind) @ basis_NS[:done], sigma
-        if end + width > size:
-            kept = max(done // 2, rank)
-            _turn(basis_NS[:done], turn[:, :kept].T.to(**kind))
-            basis_NS[kept : kept + width] = basis_NS[done:end].clone()
-            coupling = projected[done:end, :done] @ turn[:, :kept]
-            projected.zero_()
-            projected[:kept, :kept] = theta[:kept].diag()
-            projected[kept : kept + width, :kept] = coupling
-            done = kept
+        sigma = torch.nn.functional.pad(eigenvalues, (0, 1))[: rank + 1].clamp_min(0).sqrt()
+        # The residual of the Gram matrix is that of the weight times the singular value; both have rounding errors.
+        bound_R = tolerance * sigma[0] * sigma[:rank].clamp_min(4 * tolerance * sigma[0])
+        if (torch.linalg.vector_norm(residual_BQ[:rank], dim=1) <= bound_R).all():
+            return ritz_BQ[:rank], sigma
+        if count + width > size:
+            # Thick restart: the leading half of the Ritz vectors stays.
+            kept = size // 2
+            basis_NQ[:kept] = rotation_NN[:kept] @ basis_NQ[:count]
+            products_NQ[:kept] = rotation_NN[:kept] @ products_NQ[:count]
+            count = kept
+        block_BQ = _orthonormal(residual_BQ, basis_NQ[:count])
     return None
 
 
-def _turn(basis_NS: torch.Tensor, turn_RN: torch.Tensor) -> None:
-    # In place, a few columns at a time: a second basis would cost as much as the first.
-    for columns in basis_NS.split(256, dim=1):
-        columns[: len(turn_RN)] = turn_RN @ columns
+def _basis_size(rank: int) -> int:
+    """Vectors of the basis: with fewer a restart throws away what then has to be found again."""
+    return max(24, 6 * rank)
 
 
-def _orthonormalise(vectors_NS: torch.Tensor, first: int, largest: float, generator: torch.Generator) -> torch.Tensor:
-    """
-    Makes the vectors from `first` on orthonormal, to each other and to those before, in place.
-
-    Returns, on the CPU, the triangle that makes the former ones of the new ones. What lies in the span of the others is
-    replaced by a random vector, of which it has nothing.
-    """
-    count, nothing = len(vectors_NS), NOTHING * torch.finfo(vectors_NS.dtype).eps * largest
-    triangle = vectors_NS.new_zeros(count - first, count)
-    for index in range(first, count):
-        vector_S, before_NS, parts = vectors_NS[index], vectors_NS[:index], triangle[index - first]
-        # Twice is enough (Giraud, Langou, Rozloznik, 2005).
-        for _ in range(2):
-            _take_out(vector_S, before_NS, parts)
-        length = torch.linalg.vector_norm(vector_S).item()
-        if length > nothing:
-            parts[index] = length
-            vector_S /= length
-            continue
-        vector_S.copy_(torch.randn(len(vector_S), generator=generator, dtype=torch.float64))
-        for _ in range(2):
-            _take_out(vector_S, before_NS, torch.zeros_like(parts))
-        vector_S /= torch.linalg.vector_norm(vector_S)
-    return triangle.cpu().double()
+def _gram_product(matrix_PQ: torch.Tensor, block_BQ: torch.Tensor) -> torch.Tensor:
+    product_BQ = torch.zeros_like(block_BQ)
+    for piece in _float64_pieces(matrix_PQ):
+        product_BQ += block_BQ @ piece.T @ piece
+    return product_BQ
 
 
-def _take_out(vector_S: torch.Tensor, before_NS: torch.Tensor, parts: torch.Tensor) -> None:
-    found = before_NS @ vector_S
-    vector_S.addmv_(before_NS.T, found, alpha=-1)
-    parts[: len(found)] += found
+def _float64_pieces(matrix_PQ: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The pieces in turn, in one buffer: to allocate memory for each would take as long as to convert it."""
+    pieces = in_pieces(matrix_PQ)
+    buffer = torch.empty_like(pieces[0], dtype=torch.float64)
+    for piece in pieces:
+        yield buffer[: len(piece)].copy_(piece)
+
+
+def _orthonormal(block_BQ: torch.Tensor, basis_NQ: torch.Tensor) -> torch.Tensor:
+    """The block, orthonormal and orthogonal to the basis."""
+    # Twice is enough for what is new (Giraud, Langou, Rozloznik, 2005); a third time for the arbitrary vectors that QR
+    # returns for a block that lies in the span of the basis.
+    for _ in range(3):
+        block_BQ = torch.linalg.qr((block_BQ - block_BQ @ basis_NQ.T @ basis_NQ).T).Q.T
+    return block_BQ
+
+
+def _uncertainty(weight_OI: torch.Tensor, sigma: torch.Tensor, rank: int) -> float:
+    """First-order perturbation theory: an error's entry between two singular vectors over the gap of their values."""
+    sigma = torch.nn.functional.pad(sigma, (0, 1))[: rank + 1]
+    if sigma[0] == 0:
+        return 1.0
+    gap = (-sigma.diff()).min().item()
+    return min(rounding_error(weight_OI, sigma[0].item()) / gap, 1.0) if gap > 0 else 1.0
+
+
+def _full_svd(weight_OI: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    left, sigma, right = torch.linalg.svd(weight_OI.double(), full_matrices=False)
+    return left[:, :rank], sigma[: rank + 1], right[:rank]

@@ -12,12 +12,13 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
 
-from ..maths.decomposition import BFLOAT16_ROUNDING, frozen_stream, in_pieces
+from ..maths.decomposition import frozen_stream
+from ..maths.svd import BFLOAT16_ROUNDING, in_pieces
 
 
 # An adapter keeps at least this many numbers, so that the base of one with few modules is told as well.

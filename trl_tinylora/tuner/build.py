@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Optional
 
 import torch
@@ -14,7 +16,7 @@ from tqdm import tqdm
 from ..config import TinyLoraConfig
 from ..distributed import gathered, is_sharded, same_on_all, whole
 from ..maths.basis import encode_basis, has_basis, recover_basis
-from ..maths.decomposition import truncated_svd
+from ..maths.svd import truncated_svd
 from ..storage.checkpoint import MAX_UNCERTAINTY
 from ..storage.fingerprint import Measured, probes_needed, take_probe
 from .bank import TinyLoraBank
@@ -25,7 +27,10 @@ from .targets import as_OI, unwrap
 def compute_factors(
     model: nn.Module, bank: Optional[TinyLoraBank], names: list[str], rank: int
 ) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], dict[str, Measured]]:
-    """Returns U S and V^T of each module, taken from an adapter of the same rank where there is one.
+    """
+    Returns U S and V^T of each module, taken from an adapter of the same rank where there is one.
+
+    They are the same bits whatever the number of torch's threads, of which there are as many as modules at a time.
 
     Args:
         model (`torch.nn.Module`): The base model.
@@ -39,27 +44,49 @@ def compute_factors(
     Raises:
         ValueError: If a weight has non-finite entries or is on the meta device; the message names the module.
     """
-    factors, measured = {}, {}
-    needed = probes_needed(len(names))
-    for name in tqdm(names, desc="TinyLoRA: singular vectors", delay=3, leave=False):
-        module = model.get_submodule(name)
-        known = module.factors((rank, None)) if isinstance(module, Linear) else None
-        before = None if known is None else bank.measured(name, rank)
-        if before is not None and len(before.probe.values) >= needed:
-            factors[name], measured[name] = known, before
-            continue
-        with _whole_weight(name, module) as weight_OI:
-            if before is None:
-                left_OR, right_RI, uncertainty = truncated_svd(weight_OI, rank)
-                is_certain = uncertainty <= MAX_UNCERTAINTY
-                basis = None if is_certain else encode_basis(name, weight_OI, right_RI, MAX_UNCERTAINTY)
-            else:
-                (left_OR, right_RI), basis = known, before.basis
-            measured[name] = Measured(take_probe(name, weight_OI, needed), basis)
-        factors[name] = left_OR, right_RI
-        if is_sharded(unwrap(module).weight):
-            same_on_all(factors[name])
-    return factors, measured
+    weights = [unwrap(model.get_submodule(name)).weight for name in names]
+    # Gathering is a collective operation, in the same order on all processes; an accelerator runs one at a time anyway.
+    is_independent = all(weight.device.type == "cpu" and not is_sharded(weight) for weight in weights)
+    compute = partial(_compute, model, bank, rank, probes_needed(len(names)))
+    with _one_thread_each() as threads, ThreadPoolExecutor(threads) as pool:
+        results = (pool.map if is_independent else map)(compute, names)
+        bar = tqdm(results, total=len(names), desc="TinyLoRA: singular vectors", delay=3, leave=False)
+        found = dict(zip(names, bar, strict=True))
+    return {name: factors for name, (factors, _) in found.items()}, {name: other for name, (_, other) in found.items()}
+
+
+def _compute(
+    model: nn.Module, bank: Optional[TinyLoraBank], rank: int, probes: int, name: str
+) -> tuple[tuple[torch.Tensor, torch.Tensor], Measured]:
+    """U S and V^T of one module, and what else is measured of its weight."""
+    module = model.get_submodule(name)
+    known = module.factors((rank, None)) if isinstance(module, Linear) else None
+    before = None if known is None else bank.measured(name, rank)
+    if before is not None and len(before.probe.values) >= probes:
+        return known, before
+    with _whole_weight(name, module) as weight_OI:
+        if before is None:
+            *factors, uncertainty = truncated_svd(weight_OI, rank)
+            is_certain = uncertainty <= MAX_UNCERTAINTY
+            basis = None if is_certain else encode_basis(name, weight_OI, factors[1], MAX_UNCERTAINTY)
+        else:
+            factors, basis = known, before.basis
+        measured = Measured(take_probe(name, weight_OI, probes), basis)
+    if is_sharded(unwrap(module).weight):
+        same_on_all(factors)
+    return tuple(factors), measured
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[int]:
+    """Gives each operation one thread, new Python threads included, and yields how many the caller has set."""
+    # A product with a few vectors waits longer for threads that other processes keep from running than it takes.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
 
 
 def recover_factors(

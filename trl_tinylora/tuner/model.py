@@ -32,6 +32,7 @@ from .targets import resolve_target_modules
 from .values import Vectors
 
 
+# The bank's name in the base model.
 BANK = "tinylora_bank"
 # PEFT's name for a row without an adapter.
 BASE_ROW = "__base__"

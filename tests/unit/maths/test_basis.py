@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trl_tinylora.maths.basis import encode_basis, has_basis, recover_basis
-from trl_tinylora.maths.decomposition import truncated_svd
+from trl_tinylora.maths.svd import truncated_svd
 
 
 NAME = "model.layers.3.mlp.up_proj"
@@ -25,7 +25,8 @@ def weight_of(sigma, rows=60, columns=90, seed=0):
 def rotated(weight, rank, extra, seed=1):
     """The factors of leading vectors that were turned among `extra` more of them, as another machine might."""
     wider = truncated_svd(weight.double(), rank + extra).right_RI
-    turn = torch.linalg.qr(torch.randn(len(wider), len(wider), generator=torch.Generator().manual_seed(seed)).double()).Q
+    drawn = torch.randn(len(wider), len(wider), generator=torch.Generator().manual_seed(seed)).double()
+    turn = torch.linalg.qr(drawn).Q
     right_RI = turn[:rank] @ wider
     return (weight.double() @ right_RI.T).float(), right_RI.float()
 

@@ -19,7 +19,7 @@ import trl_tinylora.config
 import trl_tinylora.tuner.build
 from trl_tinylora import TinyLoraConfig
 from trl_tinylora.maths.basis import recover_basis
-from trl_tinylora.maths.decomposition import truncated_svd
+from trl_tinylora.maths.svd import truncated_svd
 from trl_tinylora.storage.checkpoint import digest
 from trl_tinylora.storage.fingerprint import fingerprint, probes_needed, refuse_another_base, take_probe
 

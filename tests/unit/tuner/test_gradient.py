@@ -17,7 +17,8 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from trl_tinylora import TinyLoraConfig
-from trl_tinylora.maths.decomposition import delta_weight, gaussian_projections, mix, truncated_svd
+from trl_tinylora.maths.decomposition import delta_weight, gaussian_projections, mix
+from trl_tinylora.maths.svd import truncated_svd
 from trl_tinylora.maths.tying import assign_groups
 from trl_tinylora.tuner.bank import TinyLoraBank
 from trl_tinylora.tuner.targets import resolve_target_modules
