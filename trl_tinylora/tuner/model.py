@@ -95,20 +95,9 @@ class TinyLoraModel(BaseTuner):
             bank.add(adapter_name, Vectors(plan, _device(plan, low_cpu_mem_usage), config))
             config.target_modules = copy.copy(plan.target_modules)
             return
-        names = resolve_target_modules(model, config)
-        block_name = first_block(model, names)
-        if config.n_tie == "all" or config.n_tie > len(names):
-            config.warn_if_redundant(len(names))
-        factors, measured = compute_factors(model, bank, names, config.r)
-        shape = count_groups(names, config.n_tie, config.tying), config.u
-        self._refuse_unfit(adapter_name, config, {name: measured[name].probe for name in names}, shape)
-        recovered = recover_factors(model, factors, config)
-        rotated = {name: config.singular_bases[name] for name in recovered}
-        plan = Plan(config, names, block_name, factors[names[0]][0].device, measured, rotated)
-        if bank is not None:
-            plan = bank.same_plan(plan)
+        plan, factors = self._new_plan(model, bank, adapter_name)
         as_asked_for = Plan.targets_of(config)
-        self._injection = Vectors(plan, _device(plan, low_cpu_mem_usage), config), factors | recovered
+        self._injection = Vectors(plan, _device(plan, low_cpu_mem_usage), config), factors
         tree = ModuleTree(model)
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
@@ -123,7 +112,22 @@ class TinyLoraModel(BaseTuner):
         # PEFT has put names in the place of "all-linear".
         plan.target_modules = copy.copy(config.target_modules)
         plan.targets |= {as_asked_for, Plan.targets_of(config)}
-        self.bank.place_hooks(model, block_name)
+        self.bank.place_hooks(model, plan.first_block)
+
+    def _new_plan(self, model: nn.Module, bank: Optional[TinyLoraBank], adapter_name: str) -> tuple[Plan, dict]:
+        """The plan that an adapter follows and the factors of its modules, once all that can be refused is accepted."""
+        config = self.peft_config[adapter_name]
+        names = resolve_target_modules(model, config)
+        block = first_block(model, names)
+        if config.n_tie == "all" or config.n_tie > len(names):
+            config.warn_if_redundant(len(names))
+        factors, measured = compute_factors(model, bank, names, config.r)
+        shape = count_groups(names, config.n_tie, config.tying), config.u
+        self._refuse_unfit(adapter_name, config, {name: measured[name].probe for name in names}, shape)
+        recovered = recover_factors(model, factors, config)
+        rotated = {name: config.singular_bases[name] for name in recovered}
+        plan = Plan(config, names, block, factors[names[0]][0].device, measured, rotated)
+        return plan if bank is None else bank.same_plan(plan), factors | recovered
 
     def _refuse_unfit(self, adapter_name: str, config: TinyLoraConfig, probes: dict, shape: tuple[int, int]) -> None:
         # A configuration that was read from a folder has these; nothing is changed yet.
@@ -211,8 +215,7 @@ class TinyLoraModel(BaseTuner):
         """Returns the Euclidean norm of the difference between the values of two adapters.
 
         Args:
-            first (`str`): Name of an adapter.
-            second (`str`): Name of one that differs from it in its values alone.
+            first, second (`str`): Names of adapters that differ in their values alone.
 
         Returns:
             `float`
@@ -288,7 +291,7 @@ class TinyLoraModel(BaseTuner):
                 )
         if any(is_sharded(self.bank.vectors(name).values_GK) for name in names):
             raise NotImplementedError(
-                "`adapter_names` needs the values whole in each process, and ZeRO-3 or FSDP2 has spread them. Load the "
+                "`adapter_names` needs the values whole in each process, and ZeRO-3 or FSDP2 has sharded them. Load the "
                 "adapters on an ordinary model, or run the rows of each adapter as a batch of their own."
             )
 
