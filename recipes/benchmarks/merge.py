@@ -1,7 +1,7 @@
 """
 What merging an adapter and taking it back costs, and what is left of the weights afterwards.
 
-    python recipes/benchmarks/merge.py
+    python recipes/benchmark.py merge
 
 One linear layer with a bfloat16 weight whose spectrum has large directions, as those of trained weights have. A pair is
 `merge_adapter` and `unmerge_adapter`, ours in both ways (`merge_restore`) in turns with PEFT's own TinyLoRA and with
@@ -11,19 +11,13 @@ LoRA of the same rank. About five minutes on one CPU core.
 import argparse
 import copy
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import peft
 import torch
-from torch import nn
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from benchmarks.harness import Row, in_turns, parser_of, peak_bytes, ratio_of, run
+from torch import nn
 
 from trl_tinylora import TinyLoraConfig
 

@@ -6,21 +6,17 @@ Run from the root of the repository; half an hour on two CPU cores, in two parts
     python recipes/toy/pretrain.py --init_from results/toy-base-1 --seed 1 --num_examples 64000 --max_steps 1000 \
         --learning_rate 1e-3 --warmup_steps 50 --output_dir results/toy-base
 
-It writes the model, the tokenizer and `report.json`: what was run and what the base measures. Needs torch,
-transformers, tokenizers and numpy only.
+It writes the model, the tokenizer and `report.json`: what was run and what the base measures.
 """
 
-import importlib
 import json
 import math
 import platform
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Optional
 
 import numpy as np
 import tokenizers
@@ -31,6 +27,8 @@ from tokenizers import pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser, Qwen2Config
 from transformers.models.qwen2 import Qwen2ForCausalLM, Qwen2Tokenizer
 
+from trl_tinylora.tasks import gsm8k
+
 
 HERE = Path(__file__).resolve().parent
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -40,29 +38,15 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-CPU_ROWS = (
-    16  # A batch goes through in parts of like length, to save padding; on a GPU, padding costs less than launches.
-)
-
-
-def _load_gsm8k():
-    """Imports the tasks as a package of its own: the whole one would need peft, which pretraining does not."""
-    package = str(HERE.parents[1] / "trl_tinylora")
-    sys.path.insert(0, package)
-    try:
-        return importlib.import_module("tasks.gsm8k")
-    finally:
-        sys.path.remove(package)
-
-
-gsm8k = _load_gsm8k()
+# Rows of a part of a batch, of like length to save padding; on a GPU, padding costs less than launches.
+CPU_ROWS = 16
 
 
 @dataclass
 class PretrainConfig:
     seed: int = field(default=0, metadata={"help": "Seed of the texts, the weights, the batches and the sampling."})
     output_dir: str = field(default=str(HERE / "base"), metadata={"help": "Folder for the model and report.json."})
-    init_from: Optional[str] = field(
+    init_from: str | None = field(
         default=None, metadata={"help": "Folder of an earlier base to go on from, instead of random weights."}
     )
     num_examples: int = field(default=320_000, metadata={"help": "Number of pretraining texts, made before training."})

@@ -1,12 +1,8 @@
 """The published numbers of `published.json` beside our own, as the tables in the READMEs of the paper's recipes.
 
-    python recipes/published.py           # renews every table, and what each recipe needs
-    python recipes/published.py --check   # fails if one is not current
-
 A cell of ours says "not run" until the recipe's `results/` holds the `summary.json` that `compare.py` wrote.
 """
 
-import argparse
 import functools
 import json
 import math
@@ -14,19 +10,20 @@ from collections import Counter
 from pathlib import Path
 
 import yaml
-from arguments import AdapterArguments
-from evaluate import write_text
-from memory import SHAPES, TOKENS, config_of, count
-from plan import CompareArguments, Plan
-from report import replace_section
+from comparison.arguments import CompareArguments
+from comparison.plan import Plan
+from records.files import replace_section
+from training.arguments import AdapterArguments
 from trl import TrlParser
 
+from paper.memory import SHAPES, TOKENS, config_of, count
 from trl_tinylora import TinyLoraConfig
 from trl_tinylora.maths.tying import count_groups
 from trl_tinylora.tuner.targets import resolve_target_modules, skeleton
 
 
-ROOT = Path(__file__).parent
+PUBLISHED = Path(__file__).with_name("published.json")
+RECIPES = Path(__file__).parents[1]
 NOT_RUN = "not run"
 # Shapes by name on the Hub. Llama has Qwen2's modules without their biases, which count nowhere here.
 MODEL_SHAPES = {f"Qwen/Qwen2.5-{name}-Instruct": shape for name, shape in SHAPES.items()} | {
@@ -40,7 +37,7 @@ BYTES_FULL = 16
 
 def read() -> dict:
     """The published numbers: `sources`, by key, and `tables`, each of one recipe."""
-    return json.loads((ROOT / "published.json").read_text(encoding="utf-8"))
+    return json.loads(PUBLISHED.read_text(encoding="utf-8"))
 
 
 def settings_of(recipe: str) -> dict:
@@ -52,7 +49,7 @@ def settings_of(recipe: str) -> dict:
     Returns:
         `dict`: Keys of its `grpo.yaml`.
     """
-    return yaml.safe_load((ROOT / recipe / "grpo.yaml").read_text(encoding="utf-8"))
+    return yaml.safe_load((RECIPES / recipe / "grpo.yaml").read_text(encoding="utf-8"))
 
 
 def read_comparison(path: Path) -> CompareArguments:
@@ -77,9 +74,9 @@ def read_summary(recipe: str, comparison: str) -> dict | None:
         comparison (`str`): Name of its YAML: the results of `compare.yaml` lie in `results/`, those of
             `compare_rank.yaml` in `results/rank/`.
     Returns:
-        `dict` or `None`: As `report.summarize` returns.
+        `dict` or `None`: As [`~comparison.summary.summarize`] returns.
     """
-    folder = ROOT / recipe / "results" / Path(comparison).stem.removeprefix("compare").removeprefix("_")
+    folder = RECIPES / recipe / "results" / Path(comparison).stem.removeprefix("compare").removeprefix("_")
     path = folder / "summary.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
@@ -117,7 +114,7 @@ def ours(summary: dict | None, arm: str, size: str | None) -> str:
     Our own greedy accuracies of one row, strict and flexible.
 
     Args:
-        summary (`dict` or `None`): As `read_summary` returns.
+        summary (`dict` or `None`): As [`read_summary`] returns.
         arm (`str`): "untrained", an arm or a control of the comparison.
         size (`str` or `None`): A size of the comparison; `None` for what has none.
     Returns:
@@ -212,13 +209,13 @@ def needs(recipe: str) -> str:
         f"{sizes.factors / 1e9:.2f}, one micro-batch of {TOKENS:,} tokens {sizes.activations / 1e9:.1f}: "
         f"**{whole / 1e9:.0f}** in all. vLLM comes on top: its own weights, {sizes.weights / 1e9:.1f}, and a cache "
         f"(`vllm_gpu_memory_utilization`). Full fine-tuning in float32 with Adam takes {full:.0f} and the "
-        f"activations: {math.ceil(full / 70)} or more GPUs of 80 GB under ZeRO-3. By arithmetic (`memory.py`), not "
-        "measured.",
+        f"activations: {math.ceil(full / 70)} or more GPUs of 80 GB under ZeRO-3. By arithmetic "
+        "(`recipes/paper/memory.py`), not measured.",
         "",
         "| comparison | sizes | runs that choose rates | final runs | of them RL |",
         "|---|--:|--:|--:|--:|",
     ]
-    for path in sorted((ROOT / recipe).glob("compare*.yaml")):
+    for path in sorted((RECIPES / recipe).glob("compare*.yaml")):
         arguments = read_comparison(path)
         plan = Plan(arguments)
         sweep, final = plan.sweep(), plan.final_names()
@@ -244,32 +241,10 @@ def renewed(recipe: str, published: dict) -> str:
     Raises:
         ValueError: If a marker is missing.
     """
-    document = (ROOT / recipe / "README.md").read_text(encoding="utf-8")
+    document = (RECIPES / recipe / "README.md").read_text(encoding="utf-8")
     document = replace_section(document, "needs", needs(recipe))
     for entry in (entry for entry in published["tables"] if entry["recipe"] == recipe):
-        comparison = read_comparison(ROOT / recipe / entry["comparison"])
+        comparison = read_comparison(RECIPES / recipe / entry["comparison"])
         content = table(published, entry, comparison, read_summary(recipe, entry["comparison"]))
         document = replace_section(document, entry["section"], content)
     return document
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if a README is not current")
-    check = parser.parse_args().check
-    published = read()
-    stale = []
-    for recipe in sorted({entry["recipe"] for entry in published["tables"]}):
-        path, document = ROOT / recipe / "README.md", renewed(recipe, published)
-        if document == path.read_text(encoding="utf-8"):
-            continue
-        stale.append(recipe)
-        if not check:
-            write_text(path, document)
-            print(f"Renewed {path}")
-    if check and stale:
-        raise SystemExit(f"not current: {', '.join(stale)}: run python recipes/published.py")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,17 +1,11 @@
 """Arithmetic of memory: what TRL and TinyLoRA keep on each GPU, by model size and launcher. Loads no weights.
 
-    python recipes/memory.py                                    # prints the table
-    python recipes/memory.py --update_readme recipes/README.md  # and renews it there
-
 Bytes are counted from the shapes of the published configurations; activations are an estimate, by the formula in
 `activation_bytes`. Nothing here was measured.
 """
 
-import argparse
 from dataclasses import dataclass
-from pathlib import Path
 
-from report import update_section
 from transformers import Qwen2Config
 
 from trl_tinylora import TinyLoraConfig
@@ -118,9 +112,9 @@ def count(shape: tuple) -> Sizes:
 
 def table() -> str:
     """The table as Markdown, in GB (1e9 bytes)."""
-    spread = " | ".join(f"spread over {gpus}" for gpus in GPUS)
+    sharded = " | ".join(f"sharded over {gpus}" for gpus in GPUS)
     lines = [
-        f"| Qwen2.5 | weights | factors | {VALUES} values with Adam | activations | a GPU, whole | {spread} "
+        f"| Qwen2.5 | weights | factors | {VALUES} values with Adam | activations | a GPU, whole | {sharded} "
         "| more while weights go to vLLM |",
         "|---|" + "--:|" * (6 + len(GPUS)),
     ]
@@ -138,17 +132,3 @@ def table() -> str:
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--update_readme", type=Path, help="README whose section `memory` is renewed")
-    update = parser.parse_args().update_readme
-    counted = table()
-    print(counted)
-    if update:
-        update_section(update, "memory", counted)
-
-
-if __name__ == "__main__":
-    main()

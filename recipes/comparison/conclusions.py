@@ -17,7 +17,7 @@ def verdict(difference: dict | None) -> str:
     What a difference's interval and p-value carry, by the rules above.
 
     Args:
-        difference (`dict`, *optional*): As `report.difference` returns, with `p_corrected`.
+        difference (`dict`, *optional*): As [`difference`] returns, with `p_corrected`.
     Returns:
         `str`: `"higher"`, `"lower"`, `"suggested"`, `"level"`, `"open"`, or `"unknown"` where there is none.
     """
@@ -51,7 +51,7 @@ def interval(difference: dict) -> str:
     A difference's interval in words.
 
     Args:
-        difference (`dict`): As `report.difference` returns.
+        difference (`dict`): As [`difference`] returns.
     Returns:
         `str`: As `"-2.0 to 4.4"`.
     """
@@ -78,7 +78,7 @@ def compared(first: str, other: str, difference: dict | None) -> str:
     Args:
         first (`str`): The model whose score the difference is counted from.
         other (`str`): The model that is subtracted.
-        difference (`dict`, *optional*): As `report.difference` returns.
+        difference (`dict`, *optional*): As [`difference`] returns.
     Returns:
         `str`: A sentence that claims what [`verdict`] carries.
     """
@@ -104,9 +104,9 @@ def gained(gains: dict | None) -> str:
 
     Args:
         gains (`dict`, *optional*): A cell's `gains` of one kind of decoding: `strict`, `flexible` and `format`, each
-            as `report.difference` returns or None.
+            as [`difference`] returns or None.
     Returns:
-        `str`: As `"a gain of 8.0 points (5.0 to 11.0), of it reasoning +6.0 (2.0 to 10.0) and format +2.0."`.
+        `str`: As `"a gain of 8.0 points (5.0 to 11.0): +6.0 for answers right more often, +2.0 for format."`
     """
     strict = gains and gains["strict"]
     if not strict:
@@ -128,18 +128,18 @@ def gained(gains: dict | None) -> str:
 
 
 def _split(gains, found) -> str:
-    """The two parts, wherever one of them might hide in the sum, and whether reasoning is shown by itself."""
-    reasoning, form = gains["flexible"], gains["format"]
-    if reasoning is None or form is None:
-        return "; without flexible grading it cannot be split into reasoning and format"
-    verdicts = verdict(reasoning), verdict(form)
+    """The two parts, wherever one of them might hide in the sum, and whether answers are right more often."""
+    right, form = gains["flexible"], gains["format"]
+    if right is None or form is None:
+        return "; without flexible grading, format cannot be told from answers right more often"
+    verdicts = verdict(right), verdict(form)
     if found in ("level", "open") and not {"higher", "lower"} & set(verdicts):
         return ""
-    parts = f", of it reasoning {points(reasoning['difference'])} ({interval(reasoning)}) and format "
-    parts += points(form["difference"])
+    parts = f": {points(right['difference'])} ({interval(right)}) for answers right more often, "
+    parts += f"{points(form['difference'])} for format"
     if verdicts[0] == "lower":
-        return f"{parts}: reasoning is lost"
-    return parts if verdicts[0] == "higher" else f"{parts}: no gain in reasoning is shown"
+        return f"{parts}; answers are right less often"
+    return parts if verdicts[0] == "higher" else f"{parts}; answers are not shown to be right more often"
 
 
 def _corrected(difference) -> str:
@@ -157,7 +157,7 @@ def headline(summary: dict) -> list[str]:
     The conclusions of a comparison: the untrained model, its controls, and each of the main sizes.
 
     Args:
-        summary (`dict`): As `report.summarize` returns.
+        summary (`dict`): As [`summarize`] returns.
     Returns:
         `list[str]`: Markdown, an item of a list each.
     """
