@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import transformers
 import trl
-from evaluation.arguments import EvaluationArguments
+from evaluation.arguments import EvaluationArguments, GenerationArguments
 from evaluation.completions import KINDS
 from evaluation.generation import Generator, TransformersGenerator, VllmGenerator, load_model, refuse_missing_vllm
 from evaluation.metrics import GRADINGS, regrade, summarize, write_metrics
@@ -59,13 +59,7 @@ def main(model_args: trl.ModelConfig, evaluation_args: EvaluationArguments) -> d
     if args.backend == "vllm":
         refuse_missing_vllm()
 
-    jobs = {}
-    for benchmark in args.benchmarks():
-        source = (benchmark.dataset_name, benchmark.split, benchmark.config, args.limit)
-        jobs[benchmark.name] = output_dir / benchmark.name, args.of_task(benchmark.task), source
-    if args.dataset_name is not None:
-        source = (args.dataset_name, args.dataset_test_split, args.dataset_config, args.limit)
-        jobs[Path(args.dataset_name).stem] = output_dir, args.of_task(args.task or "gsm8k"), source
+    jobs = _jobs(args)
     finished = [folder for folder, _, _ in jobs.values() if (folder / "metrics.json").exists()]
     if len(finished) == len(jobs):
         raise FileExistsError(
@@ -88,6 +82,19 @@ def main(model_args: trl.ModelConfig, evaluation_args: EvaluationArguments) -> d
         _print_metrics(name, results[name])
     print(f"Saved to {output_dir}")
     return results if args.benchmark else next(iter(results.values()))
+
+
+def _jobs(args) -> dict[str, tuple[Path, GenerationArguments, tuple]]:
+    """By name of the benchmark or the file: where to write, how to generate, and where the rows are."""
+    output_dir = Path(args.output_dir)
+    jobs = {}
+    for benchmark in args.benchmarks():
+        source = (benchmark.dataset_name, benchmark.split, benchmark.config, args.limit)
+        jobs[benchmark.name] = output_dir / benchmark.name, args.of_task(benchmark.task), source
+    if args.dataset_name is not None:
+        source = (args.dataset_name, args.dataset_test_split, args.dataset_config, args.limit)
+        jobs[Path(args.dataset_name).stem] = output_dir, args.of_task(args.task or "gsm8k"), source
+    return jobs
 
 
 def _load_generator(model_args, args, tokenizer) -> Generator:

@@ -24,17 +24,8 @@ INK, FAINT = "#222222", "#8a8a8a"
 FONT = 9
 DPI = 180
 NARROWEST = 7.6  # inches that the names below the panels need
-RL_CURVES = {
-    "reward": "reward",
-    "completions/mean_length": "tokens of a sample",
-    "entropy": "entropy, nats a token",
-    "clip_ratio/region_mean": "share of tokens clipped",
-}
-SFT_CURVES = {
-    "loss": "loss, nats a token",
-    "mean_token_accuracy": "token accuracy",
-    "entropy": "entropy, nats a token",
-}
+# What is drawn of a training, by algorithm.
+CURVES = {"rl": ("reward", "mean reward of the samples"), "sft": ("loss", "loss, nats a token")}
 
 
 def write(summary: dict, folder: str | Path) -> None:
@@ -70,7 +61,7 @@ def lacking(name: str, summary: dict) -> str | None:
         return "nothing was trained"
     if name == "accuracy.png" and not any(cell["kept_dtype"] in DRAWN_DTYPES for cell in trained):
         return "no values were kept in float32"
-    if name == "curves.png" and not any(_curves(cell) for cell in trained):
+    if name == "curves.png" and not any(map(_has_curve, trained)):
         return "no run has a training curve"
     return None
 
@@ -239,14 +230,13 @@ def _baselines(panel, cells, kind) -> None:
         )
 
 
-def _curves(cell) -> dict[str, str]:
-    named = RL_CURVES if cell["algorithm"] == "rl" else SFT_CURVES
-    return {key: label for key, label in named.items() if key in cell["curve"]}
+def _has_curve(cell) -> bool:
+    return CURVES[cell["algorithm"]][0] in cell["curve"]
 
 
 def curves(summary: dict) -> "Figure":
     """
-    What training logged: a row an arm, a line a size, with the range over seeds.
+    How training went: RL's reward and SFT's loss, a panel an arm, a line a size, with the range over seeds.
 
     Args:
         summary (`dict`): As [`summarize`] returns.
@@ -255,33 +245,24 @@ def curves(summary: dict) -> "Figure":
     """
     from matplotlib import colormaps
 
-    cells = [cell for cell in _trained(summary) if cell["size"] in summary["main_sizes"] and _curves(cell)]
-    arms = {arm: label for arm, label in _arms(summary).items() if any(cell["arm"] == arm for cell in cells)}
+    cells = [cell for cell in _trained(summary) if cell["size"] in summary["main_sizes"] and _has_curve(cell)]
+    arms = {cell["arm"]: cell for cell in cells}
     labels = {cell["size"]: cell["label"] for cell in cells}
     # Dark to light with the number of values, which grey keeps.
     colors = {size: colormaps["cividis"](0.88 * index / max(1, len(labels) - 1)) for index, size in enumerate(labels)}
-    rows = {
-        arm: {key: label for cell in cells if cell["arm"] == arm for key, label in _curves(cell).items()}
-        for arm in arms
-    }
-    columns = max(len(row) for row in rows.values())
-    drawing = _drawing(2.9 * columns, 2.5 * len(rows) + 0.5)
-    for index, (arm, row) in enumerate(rows.items()):
-        for place, (key, label) in enumerate(row.items()):
-            panel = drawing.add_subplot(len(rows), columns, index * columns + place + 1)
-            for cell in (cell for cell in cells if cell["arm"] == arm and key in cell["curve"]):
-                curve, color = cell["curve"][key], colors[cell["size"]]
-                panel.plot(cell["curve"]["step"], curve["mean"], color=color, linewidth=1.6)
-                panel.fill_between(
-                    cell["curve"]["step"], curve["low"], curve["high"], color=color, alpha=0.15, linewidth=0
-                )
-            _dress(panel, "", "step" if index == len(rows) - 1 else "", label)
-            if place == 0:
-                panel.set_title(arms[arm], fontsize=FONT + 1, color=INK, loc="left", fontweight="bold")
+    drawing = _drawing(max(3.2 * len(arms), NARROWEST), 3.2)
+    panels = drawing.subplots(1, len(arms), squeeze=False)[0]
+    for panel, arm in zip(panels, arms.values(), strict=True):
+        key, label = CURVES[arm["algorithm"]]
+        for cell in _of(cells, "arm", arm["arm"]):
+            steps, curve, color = cell["curve"]["step"], cell["curve"][key], colors[cell["size"]]
+            panel.plot(steps, curve["mean"], color=color, linewidth=1.6)
+            panel.fill_between(steps, curve["low"], curve["high"], color=color, alpha=0.15, linewidth=0)
+        _dress(panel, arm["arm_label"], "step", label)
     # As many names side by side as there is room for.
     entries = [_line(labels[size], color=color, linewidth=2) for size, color in colors.items()]
-    rows_of_names = math.ceil(len(entries) / max(1, int(drawing.get_figwidth() // 2.4)))
-    _legend(drawing, [entries[start : start + rows_of_names] for start in range(0, len(entries), rows_of_names)])
+    rows = math.ceil(len(entries) / max(1, int(drawing.get_figwidth() // 2.4)))
+    _legend(drawing, [entries[start : start + rows] for start in range(0, len(entries), rows)])
     return drawing
 
 

@@ -12,13 +12,12 @@ from evaluation.intervals import CONFIDENCE, bootstrap_interval
 from scipy import stats
 
 
-def seed_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> list[float] | None:
+def seed_interval(values: Sequence[float]) -> list[float] | None:
     """
-    Student's t interval of a mean over training seeds.
+    Student's 95% t interval of a mean over training seeds.
 
     Args:
         values (`Sequence[float]`): One a seed.
-        confidence (`float`, *optional*, defaults to `0.95`): Share of such intervals that hold the true value.
     Returns:
         `list[float]` or `None`: Low and high; `None` for one seed, which says nothing about others.
     """
@@ -27,7 +26,7 @@ def seed_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> li
     mean, error = float(np.mean(values)), float(stats.sem(values))
     if error == 0:
         return [mean, mean]
-    return [float(bound) for bound in stats.t.interval(confidence, len(values) - 1, loc=mean, scale=error)]
+    return [float(bound) for bound in stats.t.interval(CONFIDENCE, len(values) - 1, loc=mean, scale=error)]
 
 
 def mcnemar(first: Sequence[int], second: Sequence[int]) -> dict:
@@ -56,7 +55,7 @@ def mcnemar(first: Sequence[int], second: Sequence[int]) -> dict:
     }
 
 
-def paired_bootstrap(first: Sequence, second: Sequence, seed: int = 0, confidence: float = CONFIDENCE) -> dict:
+def paired_bootstrap(first: Sequence, second: Sequence, seed: int = 0) -> dict:
     """
     Two arms of several seeds each on the same problems: the difference of their means, over problems drawn again.
 
@@ -67,7 +66,6 @@ def paired_bootstrap(first: Sequence, second: Sequence, seed: int = 0, confidenc
         first (`Sequence`): Shape `(problems,)` or `(seeds, problems)`: right or not, or the share of right samples.
         second (`Sequence`): The same problems in the same order; the number of seeds may be another.
         seed (`int`, *optional*, defaults to `0`): Of the resampling.
-        confidence (`float`, *optional*, defaults to `0.95`): Share of such intervals that hold the true value.
     Returns:
         `dict`: `difference` (mean of the first minus that of the second), its `interval` and the two-sided `p_value`.
     Raises:
@@ -77,7 +75,7 @@ def paired_bootstrap(first: Sequence, second: Sequence, seed: int = 0, confidenc
     differences = first - second
     result = {
         "difference": float(differences.mean()),
-        "interval": bootstrap_interval(differences, seed, bounds=(-1.0, 1.0), confidence=confidence),
+        "interval": bootstrap_interval(differences, seed, bounds=(-1.0, 1.0)),
         "p_value": 1.0,
     }
     if len(differences) > 1 and np.any(differences):

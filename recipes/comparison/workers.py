@@ -151,7 +151,7 @@ class Workers:
             # two cores with a run each. One that runs alone, as benchmarks/toy_profile.py has it, loses nothing.
             for name, value in KEPT_MEMORY.items():
                 os.environ.setdefault(name, value)
-            threads = int(os.environ.get("OMP_NUM_THREADS", max(1, cpu_cores() // self.jobs)))
+            threads = int(os.environ.get("OMP_NUM_THREADS", max(1, _cpu_cores() // self.jobs)))
             # Not forked: this process may have threads, and a GPU that a fork could not use.
             context = multiprocessing.get_context("spawn")
             setup = {"initializer": _start_worker, "initargs": (threads, context.Value("i", 0))}
@@ -183,16 +183,11 @@ def worker_count(arguments: CompareArguments) -> int:
         return arguments.jobs
     if torch.cuda.is_available():
         return torch.cuda.device_count()
-    return cpu_cores()
+    return _cpu_cores()
 
 
-def cpu_cores() -> int:
-    """
-    Cores that this process may use, which in a container can be fewer than the machine has.
-
-    Returns:
-        `int`: At least 1.
-    """
+def _cpu_cores() -> int:
+    """Cores that this process may use, which in a container can be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

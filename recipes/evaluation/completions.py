@@ -33,7 +33,7 @@ class CompletionsFile:
         if self.path is None:
             return
         if self.path.exists():
-            refuse_other_settings(self.path, settings)
+            _refuse_other_settings(self.path, settings)
             self.by_key = {_key(record): record for record in read_lines(self.path)}
         else:
             made = {"digest": digest_of(settings), "settings": settings, "generated": stamp()}
@@ -116,16 +116,8 @@ def read_settings(path: Path) -> dict:
     return json.loads(beside.read_text(encoding="utf-8"))
 
 
-def refuse_other_settings(path: Path, settings: dict) -> None:
-    """
-    Raises where a file's completions do not follow from these settings.
-
-    Args:
-        path (`Path`): The file of completions.
-        settings (`dict`): The settings of now.
-    Raises:
-        FileExistsError: If they are others.
-    """
+def _refuse_other_settings(path: Path, settings: dict) -> None:
+    """Raises FileExistsError where a file's completions do not follow from these settings."""
     try:
         made = read_settings(path)
     except FileNotFoundError as error:
@@ -143,14 +135,7 @@ def refuse_other_settings(path: Path, settings: dict) -> None:
 
 
 def settings_path(path: Path) -> Path:
-    """
-    Where the settings of a file of completions stand.
-
-    Args:
-        path (`Path`): The file of completions.
-    Returns:
-        `Path`
-    """
+    """Where the settings of a file of completions stand."""
     return path.with_suffix(".settings.json")
 
 

@@ -14,18 +14,17 @@ CONFIDENCE = 0.95
 RESAMPLES = 9999
 
 
-def wilson_interval(correct: int, count: int, confidence: float = CONFIDENCE) -> list[float]:
+def wilson_interval(correct: int, count: int) -> list[float]:
     """
-    Wilson's interval of a share, for one greedy completion a problem.
+    Wilson's 95% interval of a share, for one greedy completion a problem.
 
     Args:
         correct (`int`): Problems solved.
         count (`int`): Problems in all, at least 1.
-        confidence (`float`, *optional*, defaults to `0.95`): Share of such intervals that hold the true value.
     Returns:
         `list[float]`: Low and high, in [0, 1].
     """
-    interval = stats.binomtest(int(correct), int(count)).proportion_ci(confidence, method="wilson")
+    interval = stats.binomtest(int(correct), int(count)).proportion_ci(CONFIDENCE, method="wilson")
     return [float(interval.low), float(interval.high)]
 
 
@@ -34,16 +33,14 @@ def bootstrap_interval(
     seed: int = 0,
     *,
     bounds: tuple[float, float] = (0.0, 1.0),
-    confidence: float = CONFIDENCE,
 ) -> list[float]:
     """
-    Percentile bootstrap over problems of a mean of one value a problem.
+    95% percentile bootstrap over problems of a mean of one value a problem.
 
     Args:
         values (`Sequence[float]`): One a problem: its share of right samples, or a difference of two such shares.
         seed (`int`, *optional*, defaults to `0`): Of the resampling.
         bounds (`tuple[float, float]`, *optional*, defaults to `(0.0, 1.0)`): What one problem alone can say.
-        confidence (`float`, *optional*, defaults to `0.95`): Share of such intervals that hold the true value.
     Returns:
         `list[float]`: Low and high.
     """
@@ -55,7 +52,7 @@ def bootstrap_interval(
         np.mean,
         n_resamples=RESAMPLES,
         batch=500,
-        confidence_level=confidence,
+        confidence_level=CONFIDENCE,
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval

@@ -103,20 +103,22 @@ def complete(
         with tqdm(total=len(rows), initial=n_done, desc=kind, unit="problem", leave=False) as progress:
             for batch in open_batches:
                 seed = int(np.random.SeedSequence([arguments.eval_seed, batch[0]]).generate_state(1)[0])
-                generated = generator.generate(
-                    [prompts[problem] for problem in batch], samples, is_sampled=kind == "sampled", seed=seed
-                )
-                kept.append(
-                    [
-                        {"kind": kind, "problem": problem, "sample": sample}
-                        | ({"id": rows[problem]["id"]} if "id" in rows[problem] else {})
-                        | {"gold": golds[problem], "completion": completion.text}
-                        | {"tokens": completion.tokens, "truncated": completion.truncated}
-                        | graded(task, completion.text, golds[problem])
-                        for problem, completions in zip(batch, generated, strict=True)
-                        for sample, completion in enumerate(completions)
-                    ]
-                )
+                asked = [prompts[problem] for problem in batch]
+                generated = generator.generate(asked, samples, is_sampled=kind == "sampled", seed=seed)
+                answers = zip(batch, generated, strict=True)
+                kept.append([record for answer in answers for record in _records(task, kind, rows, golds, *answer)])
                 progress.update(len(batch))
     kept.write()
     return kept.records()
+
+
+def _records(task, kind, rows, golds, problem, completions) -> list[dict]:
+    """A problem's completions, graded."""
+    told = {"id": rows[problem]["id"]} if "id" in rows[problem] else {}
+    return [
+        {"kind": kind, "problem": problem, "sample": sample}
+        | told
+        | {"gold": golds[problem], "completion": answer.text, "tokens": answer.tokens, "truncated": answer.truncated}
+        | graded(task, answer.text, golds[problem])
+        for sample, answer in enumerate(completions)
+    ]

@@ -1,7 +1,7 @@
 """Arithmetic of memory: what TRL and TinyLoRA keep on each GPU, by model size and launcher. Loads no weights.
 
 Bytes are counted from the shapes of the published configurations; activations are an estimate, by the formula in
-`activation_bytes`. Nothing here was measured.
+`_activation_bytes`. Nothing here was measured.
 """
 
 from dataclasses import dataclass
@@ -50,19 +50,8 @@ class Sizes:
     activations: int
 
 
-def activation_bytes(hidden: int, layers: int, intermediate: int, vocabulary: int, tokens: int) -> int:
-    """
-    Estimate: each block's input, the inside of one block, and logits with their gradient in float32.
-
-    Args:
-        hidden (`int`): Width of the hidden states.
-        layers (`int`): Number of blocks.
-        intermediate (`int`): Width inside the MLP.
-        vocabulary (`int`): Number of logits a token.
-        tokens (`int`): Tokens of a micro-batch.
-    Returns:
-        `int`: Bytes.
-    """
+def _activation_bytes(hidden: int, layers: int, intermediate: int, vocabulary: int, tokens: int) -> int:
+    """Estimate: each block's input, the inside of one block, and logits with their gradient in float32."""
     return tokens * (BYTES_BF16 * (hidden * layers + 8 * hidden + 3 * intermediate) + 2 * BYTES_FP32 * vocabulary)
 
 
@@ -106,7 +95,7 @@ def count(shape: tuple) -> Sizes:
         largest=BYTES_BF16 * max(parameter.numel() for parameter in model.parameters()),
         factors=BYTES_FP32 * adapter.r * sum(sum(module.weight.shape) for module in adapted),
         values=4 * BYTES_FP32 * VALUES,
-        activations=activation_bytes(hidden, layers, intermediate, vocabulary, TOKENS),
+        activations=_activation_bytes(hidden, layers, intermediate, vocabulary, TOKENS),
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 from comparison.arguments import CompareArguments
 from comparison.plan import Plan
+from comparison.tables import grid
 from records.files import replace_section
 from training.arguments import AdapterArguments
 from trl import TrlParser
@@ -40,15 +41,8 @@ def read() -> dict:
     return json.loads(PUBLISHED.read_text(encoding="utf-8"))
 
 
-def settings_of(recipe: str) -> dict:
-    """
-    The settings of a recipe's RL arm.
-
-    Args:
-        recipe (`str`): Name of the recipe's folder.
-    Returns:
-        `dict`: Keys of its `grpo.yaml`.
-    """
+def _settings_of(recipe: str) -> dict:
+    """The settings of a recipe's RL arm: the keys of its `grpo.yaml`."""
     return yaml.safe_load((RECIPES / recipe / "grpo.yaml").read_text(encoding="utf-8"))
 
 
@@ -65,17 +59,9 @@ def read_comparison(path: Path) -> CompareArguments:
     return arguments
 
 
-def read_summary(recipe: str, comparison: str) -> dict | None:
-    """
-    What `compare.py` found, where it was run and its results were committed.
-
-    Args:
-        recipe (`str`): Name of the recipe's folder.
-        comparison (`str`): Name of its YAML: the results of `compare.yaml` lie in `results/`, those of
-            `compare_rank.yaml` in `results/rank/`.
-    Returns:
-        `dict` or `None`: As [`~comparison.summary.summarize`] returns.
-    """
+def _read_summary(recipe: str, comparison: str) -> dict | None:
+    """What `compare.py` found, where it was run and its results were committed."""
+    # Of compare.yaml in results/, of compare_rank.yaml in results/rank/.
     folder = RECIPES / recipe / "results" / Path(comparison).stem.removeprefix("compare").removeprefix("_")
     path = folder / "summary.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
@@ -109,17 +95,8 @@ def _shapes(model: str) -> tuple[int, dict[str, int]]:
     return parameters, {name: sum(skeletal.get_submodule(name).weight.shape) for name in names}
 
 
-def ours(summary: dict | None, arm: str, size: str | None) -> str:
-    """
-    Our own greedy accuracies of one row, strict and flexible.
-
-    Args:
-        summary (`dict` or `None`): As [`read_summary`] returns.
-        arm (`str`): "untrained", an arm or a control of the comparison.
-        size (`str` or `None`): A size of the comparison; `None` for what has none.
-    Returns:
-        `str`: The cell, "not run" where there is nothing.
-    """
+def _ours(summary: dict | None, arm: str, size: str | None) -> str:
+    """Our own greedy accuracies of one row, strict and flexible; "not run" where there are none."""
     cells = [] if summary is None else summary["cells"]
     cell = next((cell for cell in cells if (cell["arm"], cell["size"]) == (arm, size)), None)
     if cell is None:
@@ -139,42 +116,13 @@ def table(published: dict, entry: dict, comparison: CompareArguments, summary: d
         published (`dict`): As [`read`] returns.
         entry (`dict`): One of its `tables`.
         comparison (`CompareArguments`): That the table is of.
-        summary (`dict` or `None`): As [`read_summary`] returns.
+        summary (`dict` or `None`): As [`~comparison.summary.summarize`] returns, if there is one.
     Returns:
         `str`: Markdown: table, sources with their caveats, notes.
     Raises:
         ValueError: If a published row names an arm or a size that the comparison does not have.
     """
-    controls = {name: (control["label"], control.get("size")) for name, control in (comparison.controls or {}).items()}
-    cells = [("untrained", None), *((name, size) for name, (_, size) in controls.items())]
-    cells += [(arm, size) for arm in comparison.arms for size in comparison.sizes_of(arm)]
-    labels = {"untrained": "untrained"} | {name: label for name, (label, _) in controls.items()}
-    labels |= {name: arm["label"] for name, arm in comparison.arms.items()}
-    rows = {(row["arm"], row["size"]): row for row in entry["rows"]}
-    model = settings_of(entry["recipe"])["model_name_or_path"]
-    unknown = [cell for cell in rows if cell not in cells]
-    if unknown:
-        raise ValueError(f"published.json has {unknown} for {entry['recipe']}, which its {entry['comparison']} has not")
-    columns = [f"paper: {name}" if index == 0 else name for index, name in enumerate(entry["columns"])]
-    lines = [
-        f"| arm | trained | values | this repository | {' | '.join(columns)} | replications |",
-        "|---|---|--:|--:|" + "--:|" * len(columns) + "---|",
-    ]
-    empty: Counter = Counter()
-    for arm, size in cells:
-        row = rows.get((arm, size))
-        found = ours(summary, arm, size)
-        if row is None and found == NOT_RUN:
-            empty[labels[arm]] += 1
-            continue
-        row = row or {"paper": [None] * len(columns), "replications": []}
-        # A control holds an adapter of that size without having trained it.
-        is_trained = arm in comparison.arms
-        trained = comparison.sizes[size]["label"] if is_trained else "nothing"
-        values = count_values(model, comparison.sizes[size]["arguments"]) if is_trained else 0
-        numbers = ["-" if number is None else f"{number:.1f}" for number in row["paper"]]
-        others = "; ".join(f"{item['result']} [{item['source']}]" for item in row["replications"]) or "-"
-        lines.append(f"| {labels[arm]} | {trained} | {values:,} | {found} | {' | '.join(numbers)} | {others} |")
+    lines, empty = _rows(entry, comparison, summary)
     lines += ["", "In percent. This repository's: greedy, strict / flexible, on the recipe's test problems."]
     if empty:
         rest = [label + (f" ({number} sizes)" if number > 1 else "") for label, number in empty.items()]
@@ -188,16 +136,38 @@ def table(published: dict, entry: dict, comparison: CompareArguments, summary: d
     return "\n".join(lines)
 
 
-def needs(recipe: str) -> str:
-    """
-    What a recipe needs: memory by arithmetic, and the runs of its comparisons.
+def _rows(entry, comparison, summary) -> tuple[list[str], Counter]:
+    """The table's lines, and how many cells of each arm have no number at all."""
+    controls = {name: (control["label"], control.get("size")) for name, control in (comparison.controls or {}).items()}
+    cells = [("untrained", None), *((name, size) for name, (_, size) in controls.items())]
+    cells += [(arm, size) for arm in comparison.arms for size in comparison.sizes_of(arm)]
+    labels = {"untrained": "untrained"} | {name: label for name, (label, _) in controls.items()}
+    labels |= {name: arm["label"] for name, arm in comparison.arms.items()}
+    rows = {(row["arm"], row["size"]): row for row in entry["rows"]}
+    model = _settings_of(entry["recipe"])["model_name_or_path"]
+    if unknown := [cell for cell in rows if cell not in cells]:
+        raise ValueError(f"published.json has {unknown} for {entry['recipe']}, which its {entry['comparison']} has not")
+    columns = [f"paper: {name}" if index == 0 else name for index, name in enumerate(entry["columns"])]
+    header = ["arm", "trained", "values", "this repository", *columns, "replications"]
+    lines, empty = [], Counter()
+    for arm, size in cells:
+        row, found = rows.get((arm, size)), _ours(summary, arm, size)
+        if row is None and found == NOT_RUN:
+            empty[labels[arm]] += 1
+            continue
+        row = row or {"paper": [None] * len(columns), "replications": []}
+        # A control holds an adapter of that size without having trained it.
+        trained = comparison.sizes[size] if arm in comparison.arms else {"label": "nothing"}
+        values = count_values(model, trained["arguments"]) if arm in comparison.arms else 0
+        numbers = ["-" if number is None else f"{number:.1f}" for number in row["paper"]]
+        others = "; ".join(f"{item['result']} [{item['source']}]" for item in row["replications"]) or "-"
+        lines.append([labels[arm], trained["label"], f"{values:,}", found, *numbers, others])
+    return [grid(" | ".join(header), "llrr" + "r" * len(columns) + "l", lines)], empty
 
-    Args:
-        recipe (`str`): Name of the recipe's folder.
-    Returns:
-        `str`: Markdown.
-    """
-    settings = settings_of(recipe)
+
+def _needs(recipe: str) -> str:
+    """What a recipe needs: memory by arithmetic, and the runs of its comparisons."""
+    settings = _settings_of(recipe)
     sizes = count(MODEL_SHAPES[settings["model_name_or_path"]])
     whole = sizes.weights + sizes.factors + sizes.values + sizes.activations
     parameters = sizes.weights // 2
@@ -242,9 +212,9 @@ def renewed(recipe: str, published: dict) -> str:
         ValueError: If a marker is missing.
     """
     document = (RECIPES / recipe / "README.md").read_text(encoding="utf-8")
-    document = replace_section(document, "needs", needs(recipe))
+    document = replace_section(document, "needs", _needs(recipe))
     for entry in (entry for entry in published["tables"] if entry["recipe"] == recipe):
         comparison = read_comparison(RECIPES / recipe / entry["comparison"])
-        content = table(published, entry, comparison, read_summary(recipe, entry["comparison"]))
+        content = table(published, entry, comparison, _read_summary(recipe, entry["comparison"]))
         document = replace_section(document, entry["section"], content)
     return document
