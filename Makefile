@@ -13,7 +13,7 @@ RULES := --select E,F,I,W,B,UP,RUF100 --ignore B028,UP007,UP035,UP045 --config '
 
 help:
 	@echo "make compare       RL against SFT on the toy, quick preset"
-	@echo "make compare-full  every arm, size and control, with learning-rate sweep and 3 seeds"
+	@echo "make compare-full  every arm, size and control, 3 seeds; within an hour on two cores"
 	@echo "make test          the tests, on CPU, without network"
 	@echo "make test-distributed  every launcher, tying, checkpointing and accumulation; about an hour"
 	@echo "make bench         every row of docs/benchmarks.md; on a quiet machine"
@@ -36,25 +36,21 @@ test: $(INSTALLED)
 
 test-distributed: $(INSTALLED)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow tests/distributed
-	PYTHONPATH=recipes:tests $(BIN)/python tests/distributed/matrix.py --output tests/distributed/matrix.json \
-		--update_readme docs/launchers.md
 
 bench: $(INSTALLED)
 	for name in $(BENCHMARKS); do \
-		OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python recipes/benchmarks/$$name.py || exit 1; \
+		OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python recipes/benchmark.py $$name || exit 1; \
 	done
-	$(BIN)/python recipes/benchmarks/growth.py --report_only
-	$(BIN)/python recipes/benchmarks/harness.py --update_docs docs/benchmarks.md --update_readme README.md
+	$(BIN)/python recipes/benchmark.py growth --report_only
+	$(BIN)/python recipes/benchmark.py harness --update_docs docs/benchmarks.md --update_readme README.md
 
 results: $(INSTALLED)
 	$(BIN)/python recipes/compare.py --config recipes/toy/compare.yaml --output_dir recipes/toy/results --report_only \
 		--update_readme README.md
-	$(BIN)/python recipes/benchmarks/growth.py --report_only
-	$(BIN)/python recipes/benchmarks/harness.py --update_docs docs/benchmarks.md --update_readme README.md
-	$(BIN)/python recipes/memory.py --update_readme docs/launchers.md
-	$(BIN)/python recipes/published.py
-	PYTHONPATH=recipes:tests $(BIN)/python tests/distributed/matrix.py --output tests/distributed/matrix.json \
-		--report_only --update_readme docs/launchers.md
+	$(BIN)/python recipes/benchmark.py growth --report_only
+	$(BIN)/python recipes/benchmark.py harness --update_docs docs/benchmarks.md --update_readme README.md
+	$(BIN)/python recipes/tables.py
+	$(BIN)/python -m pytest -q -m slow tests/distributed/test_matrix.py -k table_is_written
 	$(BIN)/python docs/tree.py
 
 quality: $(INSTALLED)

@@ -7,13 +7,11 @@ Differs from `sft.py` in the trainer, its arguments, the reward, the columns of 
 weights; every other line is equal.
 """
 
-from collections.abc import Sequence
-
 import trl
-from arguments import AdapterArguments, RLArguments, build_peft_config, refuse_miscounted_processes, resume_point
-from callbacks import callbacks_for
-from provenance import describe_training
-from transformers import TrainerCallback
+from training.arguments import AdapterArguments, RLArguments, build_peft_config
+from training.callbacks import callbacks_for
+from training.card import describe_training
+from training.launch import refuse_miscounted_processes, resume_point
 
 from trl_tinylora import SamplingFidelityCallback, TinyLoraConfig
 from trl_tinylora.storage.card import put_section
@@ -28,7 +26,6 @@ def main(
     training_args: trl.GRPOConfig,
     model_args: trl.ModelConfig,
     adapter_args: AdapterArguments,
-    callbacks: Sequence[TrainerCallback] = (),
 ) -> trl.GRPOTrainer:
     """
     Trains, and saves the adapter (or the whole model) and the tokenizer into `training_args.output_dir`.
@@ -38,7 +35,6 @@ def main(
         training_args ([`~trl.GRPOConfig`]): The trainer's own arguments.
         model_args ([`~trl.ModelConfig`]): The model, and the `lora_*` arguments.
         adapter_args (`AdapterArguments`): What is trained.
-        callbacks (`Sequence[transformers.TrainerCallback]`, *optional*): Further callbacks of the trainer.
     Returns:
         [`~trl.GRPOTrainer`]: After training.
     Raises:
@@ -73,7 +69,7 @@ def main(
         eval_dataset=task.for_rl(eval_rows, script_args.system_prompt) if eval_rows is not None else None,
         quantization_config=trl.get_quantization_config(model_args),
         peft_config=peft_config,
-        callbacks=[*callbacks_for(adapter_args, training_args), *callbacks],
+        callbacks=callbacks_for(adapter_args, training_args),
     )
     if training_args.use_vllm and isinstance(peft_config, TinyLoraConfig):
         trainer.add_callback(SamplingFidelityCallback(trainer))

@@ -1,8 +1,8 @@
 """
 What building costs: the singular vectors of every weight, against PEFT's full SVD.
 
-    python recipes/benchmarks/build.py                # writes results/build.json; half an hour on one core
-    python recipes/benchmarks/build.py --layers 0     # without the whole model
+    python recipes/benchmark.py build                # writes results/build.json; half an hour on one core
+    python recipes/benchmark.py build --layers 0     # without the whole model
 
 The weights have the shapes of a Qwen2.5-7B layer and a spectrum like that of trained ones: a random matrix, over it a
 power law (the i-th singular value as i**-0.5), and above that a few outliers two to five times larger. PEFT's side is
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from harness import Row, in_turns, parser_of, peak_bytes, ratio_of, run, seconds
+from benchmarks.harness import Row, in_turns, parser_of, peak_bytes, ratio_of, run, seconds
 from tqdm import tqdm
 
 from trl_tinylora.maths import decomposition

@@ -1,7 +1,7 @@
 """What share of an update survives the merge into bfloat16, how well and how fast a part of the entries tells, and what
 it means for the samples.
 
-    python recipes/benchmarks/fidelity.py
+    python recipes/benchmark.py fidelity
 
 A random weight in bfloat16 with two large singular values, of a 7B model's size: share and median over all entries and
 over those that `sampling_fidelity` reads, for values of several sizes, and the time of that beside one merge. On the
@@ -15,7 +15,7 @@ import statistics
 
 import peft
 import torch
-from harness import Row, in_turns, parser_of, ratio_of, run
+from benchmarks.harness import Row, in_turns, parser_of, ratio_of, run
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,8 +1,8 @@
 """
 How costs grow with modules, rank, u, adapters and sequence length: measured at several sizes, fitted, drawn.
 
-    python recipes/benchmarks/growth.py                # measures; about five minutes on one core
-    python recipes/benchmarks/growth.py --report_only  # draws the figure from the record
+    python recipes/benchmark.py growth                # measures; about five minutes on one core
+    python recipes/benchmark.py growth --report_only  # draws the figure from the record
 
 A Qwen2 with random weights; along each axis one size changes. The exponent of a cost is the slope of its logarithm over
 that of the size, fitted to the larger half of the sizes, where what is constant weighs least: 0 does not grow, 1 is
@@ -13,19 +13,14 @@ import argparse
 import json
 import math
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import peft
 import torch
+from benchmarks.harness import Row, in_turns, parser_of, peak_bytes, random_qwen2, run, tensor_bytes
+from comparison.figures import ARM_COLORS, DPI, FAINT
 from scipy.stats import linregress
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from figures import ARM_COLORS, DPI, FAINT
-from harness import Row, in_turns, parser_of, peak_bytes, random_qwen2, run, tensor_bytes
 
 from trl_tinylora import TinyLoraConfig
 from trl_tinylora.storage.atomic_write import written_whole

@@ -8,7 +8,6 @@ import argparse
 import gc
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,15 +15,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from records.files import update_section, write_text
+from records.provenance import read_provenance
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2Config, Qwen2ForCausalLM
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from evaluate import write_text
-from provenance import read_provenance
-from report import update_section
 
 
 RESULTS = Path(__file__).parent / "results"

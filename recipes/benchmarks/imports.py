@@ -1,7 +1,7 @@
 """
 What `import trl_tinylora` adds to `import peft`, in fresh processes.
 
-    python recipes/benchmarks/imports.py  # under a minute on one core
+    python recipes/benchmark.py imports  # under a minute on one core
 
 Each process imports PEFT first and then the package, and times the two: what both need is PEFT's part. A first process
 that is not counted brings the files into memory, and compiles them, as installing a package does.
@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from harness import Row, parser_of, ratio_of, run
+from benchmarks.harness import Row, parser_of, ratio_of, run
 
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,7 +1,7 @@
 """
 What one more adapter costs, and what a batch costs whose rows have adapters of their own.
 
-    python recipes/benchmarks/many_adapters.py
+    python recipes/benchmark.py many_adapters
 
 Adapters are added to a small Qwen2 with random weights, in turns with PEFT's own TinyLoRA on a copy of it: same rank,
 same number of trained values, same modules. Both are asked for through `PeftModel.add_adapter`. CPU, under two minutes.
@@ -10,18 +10,12 @@ same number of trained values, same modules. Both are asked for through `PeftMod
 import argparse
 import gc
 import statistics
-import sys
 import tracemalloc
 import warnings
-from pathlib import Path
 
 import peft
 import torch
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from harness import Row, in_turns, parser_of, random_qwen2, ratio_of, run, seconds, tensor_bytes
+from benchmarks.harness import Row, in_turns, parser_of, random_qwen2, ratio_of, run, seconds, tensor_bytes
 
 from trl_tinylora import TinyLoraConfig
 

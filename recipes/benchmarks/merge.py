@@ -1,7 +1,7 @@
 """
 What merging an adapter and restoring the weight costs, and what is left of the weight after many cycles.
 
-    python recipes/benchmarks/merge.py
+    python recipes/benchmark.py merge
 
 One linear layer with a bfloat16 weight whose spectrum has large directions, as those of trained weights have. A pair is
 `merge_adapter` and `unmerge_adapter`, ours in turns with PEFT's own TinyLoRA and with LoRA of the same rank. About a
@@ -11,19 +11,13 @@ minute on one CPU core.
 import argparse
 import copy
 import statistics
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import peft
 import torch
-from torch import nn
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from benchmarks.harness import Row, in_turns, parser_of, peak_bytes, ratio_of, run, tensor_bytes
+from torch import nn
 
 from trl_tinylora import TinyLoraConfig
 

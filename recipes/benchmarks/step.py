@@ -1,7 +1,7 @@
 """
 What an adapter adds to a training step: forward and backward pass of a few Qwen2 blocks over frozen weights.
 
-    python recipes/benchmarks/step.py                             # prints the table and writes results/step.json
+    python recipes/benchmark.py step                             # prints the table and writes results/step.json
 
 The same pass runs in turns over the frozen base, ours, PEFT's own TinyLoRA and plain LoRA of rank 1, on the same
 weights. The base's backward pass goes to its inputs, as an adapter's has to. What an adapter adds is its time minus the
@@ -22,7 +22,7 @@ from collections.abc import Callable
 import numpy as np
 import peft
 import torch
-from harness import Row, in_turns, parser_of, peak_bytes, run
+from benchmarks.harness import Row, in_turns, parser_of, peak_bytes, run
 from scipy.stats import bootstrap
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks

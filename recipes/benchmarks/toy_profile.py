@@ -1,7 +1,7 @@
 """
 Where the time of the toy's runs goes: one of RL, one of SFT, and the greedy and the sampled half of an evaluation.
 
-    python recipes/benchmarks/toy_profile.py  # about two minutes on one core
+    python recipes/benchmark.py toy_profile  # about two minutes on one core
 
 The main thread's stack is looked at every few milliseconds, from a second thread, and each look is put down to the
 innermost call that `PARTS` names. Training is cut short, and its share scaled to the recipe's number of steps. On a
@@ -24,27 +24,17 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
 
 import torch
-import transformers
-import trl
 import yaml
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from evaluate import evaluate
-from execution import do
-from generation import GenerationArguments, load_model
-from harness import Row, parser_of, ratio_of, run
-from plan import CompareArguments, Plan, Run
-from workers import KEPT_MEMORY
-
-from trl_tinylora.tasks import get_task
+from benchmarks.harness import Row, parser_of, ratio_of, run
+from comparison.arguments import CompareArguments
+from comparison.plan import Plan
+from comparison.runs import Run
+from comparison.workers import KEPT_MEMORY
 
 
 # The repository's root is where a comparison runs: the paths in its files are relative to it.
@@ -53,7 +43,7 @@ BOUND = 600
 EVERY = 0.003  # seconds between two looks
 
 # By module and function: the outermost call gives the stage of a run, the innermost one its part.
-STAGES = {("evaluate", "evaluate"): "evaluation", ("transformers.trainer", "train"): "training"}
+STAGES = {("evaluation.run", "evaluate"): "evaluation", ("transformers.trainer", "train"): "training"}
 PARTS = {
     ("transformers.generation.utils", "generate"): "generation",
     ("trl.trainer.grpo_trainer", "compute_loss"): "forward",
@@ -73,10 +63,10 @@ PARTS = {
     ("transformers.models.auto.tokenization_auto", "from_pretrained"): "loading",
     ("peft.mapping_func", "get_peft_model"): "adapter",
     ("transformers.trainer", "save_model"): "saving",
-    ("completions", "append"): "saving",
-    ("completions", "write"): "saving",
-    ("evaluate", "_graded"): "grading",
-    ("evaluate", "summarize"): "grading",
+    ("evaluation.completions", "append"): "saving",
+    ("evaluation.completions", "write"): "saving",
+    ("evaluation.metrics", "graded"): "grading",
+    ("evaluation.metrics", "summarize"): "grading",
     ("importlib._bootstrap", "_find_and_load"): "imports",
 }
 # What a run is for. Everything else is overhead.
@@ -196,14 +186,8 @@ def evaluation(run: Run, kind: str) -> Callable[[], object]:
     Returns:
         `Callable`: Takes no arguments.
     """
-    wanted, name = run.evaluation, run.settings["model_name_or_path"]
-    model = load_model(
-        trl.ModelConfig(name, dtype=run.settings["dtype"]), "auto" if torch.cuda.is_available() else None
-    )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    rows = list(get_task(wanted["task"]).load_rows(wanted["dataset_name"], wanted["split"], None, wanted["limit"]))
-    asked = GenerationArguments(**{item.name: wanted[item.name] for item in fields(GenerationArguments)})
-    return lambda: evaluate(model, tokenizer, rows, asked, kinds=(kind,))
+    model, tokenizer = run.load()
+    return lambda: run.metrics(model, tokenizer, None, kinds=(kind,))
 
 
 def cpu_seconds(run: Run) -> float:
@@ -224,7 +208,7 @@ def cpu_seconds(run: Run) -> float:
 
 def _do(run):
     with tempfile.TemporaryDirectory() as folder:
-        do(run, Path(folder))
+        run.run(Path(folder))
 
 
 def in_a_new_process(run: Run, keeps_memory: bool) -> tuple[float, float]:

@@ -6,21 +6,17 @@ Run from the root of the repository; half an hour on two CPU cores, in two parts
     python recipes/toy/pretrain.py --init_from results/toy-base-1 --seed 1 --num_examples 64000 --max_steps 1000 \
         --learning_rate 1e-3 --warmup_steps 50 --output_dir results/toy-base
 
-It writes the model, the tokenizer and `report.json`: what was run and what the base measures. Needs torch,
-transformers, tokenizers and numpy only.
+It writes the model, the tokenizer and `report.json`: what was run and what the base measures.
 """
 
-import importlib
 import json
 import math
 import platform
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Optional
 
 import numpy as np
 import tokenizers
@@ -31,6 +27,8 @@ from tokenizers import pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser, Qwen2Config
 from transformers.models.qwen2 import Qwen2ForCausalLM, Qwen2Tokenizer
 
+from trl_tinylora.tasks import gsm8k
+
 
 HERE = Path(__file__).resolve().parent
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -40,29 +38,15 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-CPU_ROWS = (
-    16  # A batch goes through in parts of like length, to save padding; on a GPU, padding costs less than launches.
-)
-
-
-def _load_gsm8k():
-    """Imports the tasks as a package of its own: the whole one would need peft, which pretraining does not."""
-    package = str(HERE.parents[1] / "trl_tinylora")
-    sys.path.insert(0, package)
-    try:
-        return importlib.import_module("tasks.gsm8k")
-    finally:
-        sys.path.remove(package)
-
-
-gsm8k = _load_gsm8k()
+# Rows of a part of a batch, of like length to save padding; on a GPU, padding costs less than launches.
+CPU_ROWS = 16
 
 
 @dataclass
 class PretrainConfig:
     seed: int = field(default=0, metadata={"help": "Seed of the texts, the weights, the batches and the sampling."})
     output_dir: str = field(default=str(HERE / "base"), metadata={"help": "Folder for the model and report.json."})
-    init_from: Optional[str] = field(
+    init_from: str | None = field(
         default=None, metadata={"help": "Folder of an earlier base to go on from, instead of random weights."}
     )
     num_examples: int = field(default=320_000, metadata={"help": "Number of pretraining texts, made before training."})
@@ -244,25 +228,16 @@ def train(model: Qwen2ForCausalLM, texts: Texts, config: PretrainConfig, device:
 @torch.inference_mode()
 def complete(model, tokenizer, problems: list[world.Problem], prefixes: list[str], is_sampled: bool) -> list[str]:
     """Completions that each begin with the given prefix; greedy, or sampled at temperature 1."""
-    prompts = [
-        tokenizer.apply_chat_template(gsm8k.build_prompt(problem.question), tokenize=False, add_generation_prompt=True)
-        + prefix
-        for problem, prefix in zip(problems, prefixes, strict=True)
-    ]
+    asked = [gsm8k.build_prompt(problem.question) for problem in problems]
+    prompts = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    prompts = [prompt + prefix for prompt, prefix in zip(prompts, prefixes, strict=True)]
+    # top_k=0: transformers samples from the 50 likeliest tokens unless told otherwise.
+    sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if is_sampled else {}
+    padding = {"padding": True, "padding_side": "left", "add_special_tokens": False, "return_tensors": "pt"}
     completions = []
     for start in range(0, len(prompts), 400):
-        batch = tokenizer(
-            prompts[start : start + 400],
-            padding=True,
-            padding_side="left",
-            add_special_tokens=False,
-            return_tensors="pt",
-        ).to(model.device)
-        # top_k=0: transformers samples from the 50 likeliest tokens unless told otherwise.
-        sampling = (
-            {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if is_sampled else {"do_sample": False}
-        )
-        generated = model.generate(**batch, **sampling, max_new_tokens=80)
+        batch = tokenizer(prompts[start : start + 400], **padding).to(model.device)
+        generated = model.generate(**batch, do_sample=is_sampled, **sampling, max_new_tokens=80)
         new_tokens = generated[:, batch["input_ids"].shape[1] :]
         completions += tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
     return [prefix + completion for prefix, completion in zip(prefixes, completions, strict=True)]
@@ -290,42 +265,37 @@ def measure(model, tokenizer, problems: list[world.Problem], num_samples: int, s
         `dict`: Accuracies (greedy, sampled, forced into a style), style shares and example completions.
     """
     model.eval()
-    free = [""] * len(problems)
+    free, repeated = [""] * len(problems), problems * num_samples
     torch.manual_seed(seed)
-    greedy = complete(model, tokenizer, problems, free, is_sampled=False)
-    repeated = problems * num_samples
-    sampled = complete(model, tokenizer, repeated, free * num_samples, is_sampled=True)
-    forced_worked = complete(model, tokenizer, problems, ["Work:\n"] * len(problems), is_sampled=False)
-    forced_gold = complete(
-        model, tokenizer, problems, [f"{problem.name} has" for problem in problems], is_sampled=False
-    )
-    by_style: dict[str, list[int]] = {style: [] for style in world.STYLES}
-    for index, completion in enumerate(sampled):
-        by_style[world.style_of(completion)].append(index)
+    answers = {
+        "greedy": complete(model, tokenizer, problems, free, is_sampled=False),
+        "sampled": complete(model, tokenizer, repeated, free * num_samples, is_sampled=True),
+    }
+    for style, begins in (("worked", ["Work:\n"] * len(problems)), ("gold", [f"{item.name} has" for item in problems])):
+        answers[style] = complete(model, tokenizer, problems, begins, is_sampled=False)
+    styles = {kind: [world.style_of(text) for text in answers[kind]] for kind in ("greedy", "sampled")}
+    by_style = {
+        style: [index for index, found in enumerate(styles["sampled"]) if found == style] for style in world.STYLES
+    }
     return {
         "num_problems": len(problems),
         "num_samples": num_samples,
-        "greedy_strict": accuracy(problems, greedy),
-        "greedy_flexible": accuracy(problems, greedy, gsm8k.extract_flexible),
-        "sampled_strict": accuracy(repeated, sampled),
-        "sampled_flexible": accuracy(repeated, sampled, gsm8k.extract_flexible),
-        "forced_worked_greedy_strict": accuracy(problems, forced_worked),
-        "forced_gold_greedy_strict": accuracy(problems, forced_gold),
-        "sampled_style_shares": {style: len(found) / len(sampled) for style, found in by_style.items()},
+        "greedy_strict": accuracy(problems, answers["greedy"]),
+        "greedy_flexible": accuracy(problems, answers["greedy"], gsm8k.extract_flexible),
+        "sampled_strict": accuracy(repeated, answers["sampled"]),
+        "sampled_flexible": accuracy(repeated, answers["sampled"], gsm8k.extract_flexible),
+        "forced_worked_greedy_strict": accuracy(problems, answers["worked"]),
+        "forced_gold_greedy_strict": accuracy(problems, answers["gold"]),
+        "sampled_style_shares": {style: len(found) / len(repeated) for style, found in by_style.items()},
         "sampled_strict_by_style": {
-            style: accuracy([repeated[index] for index in found], [sampled[index] for index in found])
+            style: accuracy([repeated[index] for index in found], [answers["sampled"][index] for index in found])
             for style, found in by_style.items()
             if found
         },
-        "greedy_style_shares": {
-            style: sum(world.style_of(completion) == style for completion in greedy) / len(greedy)
-            for style in world.STYLES
-        },
+        "greedy_style_shares": {style: styles["greedy"].count(style) / len(problems) for style in world.STYLES},
         "examples": [
-            {"question": problem.question, "greedy": first, "sampled": second, "worked": third, "gold": fourth}
-            for problem, first, second, third, fourth in list(
-                zip(problems, greedy, sampled, forced_worked, forced_gold, strict=False)
-            )[:4]
+            {"question": problem.question} | {kind: texts[index] for kind, texts in answers.items()}
+            for index, problem in enumerate(problems[:4])
         ],
     }
 
@@ -375,7 +345,8 @@ def main() -> None:
     tokenizer.save_pretrained(output_dir)
     saved_model = AutoModelForCausalLM.from_pretrained(output_dir).to(device)
     saved_tokenizer = AutoTokenizer.from_pretrained(output_dir)
-    measured = measure(saved_model, saved_tokenizer, world.make_splits()["validation"], config.num_samples, config.seed)
+    validation = world.make_splits()["validation"]
+    packages = (torch, transformers, tokenizers, np)
     report = {
         "config": {**asdict(config), "output_dir": output_dir.name, "init_from": earlier and earlier.name},
         "continued_from": earlier and _without_examples(earlier / "report.json"),
@@ -384,18 +355,12 @@ def main() -> None:
         "final_loss_nats_per_token": final_loss,
         "data_seconds": round(data_seconds, 1),
         "train_seconds": round(train_seconds, 1),
-        "validation": measured,
+        "validation": measure(saved_model, saved_tokenizer, validation, config.num_samples, config.seed),
         "machine": machine,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "tokenizers": tokenizers.__version__,
-            "numpy": np.__version__,
-        },
+        "versions": {"python": platform.python_version()} | {each.__name__: each.__version__ for each in packages},
     }
     (output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(measured, indent=2))
+    print(json.dumps(report["validation"], indent=2))
 
 
 if __name__ == "__main__":

@@ -44,6 +44,33 @@ OBJECTS = (
 ).split()
 CONTAINERS = "bags boxes baskets jars trays".split()
 LARGEST = 99
+# Sentences of a story: equal containers, a count, and what happens to it, by operator.
+STORIES = {
+    "containers": (
+        "{name} has {groups} {container} with {each} {thing} each.",
+        "{name} fills {groups} {container} with {each} {thing} each.",
+        "There are {each} {thing} in each of the {groups} {container} of {name}.",
+    ),
+    "count": ("{name} has {total} {thing}.", "{name} owns {total} {thing}.", "{name} starts with {total} {thing}."),
+    "/": (
+        "{name} packs all of them into {change} equal {packing}.",
+        "{name} splits them equally into {change} {packing}.",
+    ),
+    "-": (
+        "{name} gives {change} {thing} to {friend}.",
+        "{name} loses {change} of them.",
+        "{friend} takes {change} {thing} away.",
+        "{name} sells {change} {thing}.",
+    ),
+    "+": (
+        "{name} buys {change} more {thing}.",
+        "{name} finds {change} more.",
+        "{name} gets {change} {thing} from {friend}.",
+    ),
+}
+RAMBLES = (
+    "Hmm, let me see.|Well, that is a lot.|I like this one.|So many things.|Maybe we can count.|Let us think."
+).split("|")
 
 
 @dataclass(frozen=True)
@@ -87,78 +114,41 @@ def make_problem(rng: random.Random) -> Problem:
     name, friend = rng.sample(NAMES, 2)
     thing = rng.choice(OBJECTS)
     container, packing = rng.sample(CONTAINERS, 2)
+    said = {"name": name, "friend": friend, "thing": thing, "container": container, "packing": packing}
     count = rng.choices((1, 2, 3), weights=(25, 40, 35))[0]
     steps: list[Step] = []
     if rng.random() < 0.4:
         groups, each = rng.randint(2, 9), rng.randint(2, 9)
         total = groups * each
         steps.append(Step(groups, "*", each, total))
-        sentences = [
-            rng.choice(
-                (
-                    f"{name} has {groups} {container} with {each} {thing} each.",
-                    f"{name} fills {groups} {container} with {each} {thing} each.",
-                    f"There are {each} {thing} in each of the {groups} {container} of {name}.",
-                )
-            )
-        ]
+        sentences = [rng.choice(STORIES["containers"]).format(groups=groups, each=each, **said)]
     else:
         total = rng.randint(5, 50)
-        sentences = [
-            rng.choice(
-                (
-                    f"{name} has {total} {thing}.",
-                    f"{name} owns {total} {thing}.",
-                    f"{name} starts with {total} {thing}.",
-                )
-            )
-        ]
-    asked = f"How many {thing} does {name} have now?"
+        sentences = [rng.choice(STORIES["count"]).format(total=total, **said)]
+    asked = "How many {thing} does {name} have now?"
     while len(steps) < count:
-        is_last = len(steps) == count - 1
-        divisors = [divisor for divisor in range(2, 10) if total % divisor == 0 and total // divisor <= 9]
-        if is_last and steps and divisors and rng.random() < 0.4:
-            change = rng.choice(divisors)
-            operator, result = "/", total // change
-            sentences.append(
-                rng.choice(
-                    (
-                        f"{name} packs all of them into {change} equal {packing}.",
-                        f"{name} splits them equally into {change} {packing}.",
-                    )
-                )
-            )
-            asked = f"How many {thing} go into each of the {packing}?"
-        elif total > 3 and (rng.random() < 0.5 or total > LARGEST - 30):
-            change = rng.randint(2, min(total - 1, 30))
-            operator, result = "-", total - change
-            sentences.append(
-                rng.choice(
-                    (
-                        f"{name} gives {change} {thing} to {friend}.",
-                        f"{name} loses {change} of them.",
-                        f"{friend} takes {change} {thing} away.",
-                        f"{name} sells {change} {thing}.",
-                    )
-                )
-            )
-        else:
-            change = rng.randint(2, 30)
-            operator, result = "+", total + change
-            sentences.append(
-                rng.choice(
-                    (
-                        f"{name} buys {change} more {thing}.",
-                        f"{name} finds {change} more.",
-                        f"{name} gets {change} {thing} from {friend}.",
-                    )
-                )
-            )
+        operator, change, result = _draw_change(rng, total, bool(steps), len(steps) == count - 1)
+        sentences.append(rng.choice(STORIES[operator]).format(change=change, **said))
         steps.append(Step(total, operator, change, result))
         total = result
+        if operator == "/":
+            asked = "How many {thing} go into each of the {packing}?"
     if len(steps) == 1 and steps[0].operator == "*":
-        asked = f"How many {thing} does {name} have in all?"
-    return Problem(name, thing, " ".join([*sentences, asked]), tuple(steps))
+        asked = "How many {thing} does {name} have in all?"
+    return Problem(name, thing, " ".join([*sentences, asked.format(**said)]), tuple(steps))
+
+
+def _draw_change(rng: random.Random, total: int, has_steps: bool, is_last: bool) -> tuple[str, int, int]:
+    """Operator, number and result of what happens to a count; a division only at the end, and into few parts."""
+    divisors = [divisor for divisor in range(2, 10) if total % divisor == 0 and total // divisor <= 9]
+    if is_last and has_steps and divisors and rng.random() < 0.4:
+        change = rng.choice(divisors)
+        return "/", change, total // change
+    if total > 3 and (rng.random() < 0.5 or total > LARGEST - 30):
+        change = rng.randint(2, min(total - 1, 30))
+        return "-", change, total - change
+    change = rng.randint(2, 30)
+    return "+", change, total + change
 
 
 def gold_text(problem: Problem) -> str:
@@ -183,17 +173,7 @@ def careless_text(problem: Problem) -> str:
 
 def ramble_text(rng: random.Random) -> str:
     """Talk that never reaches the marker."""
-    opening = rng.choice(
-        (
-            "Hmm, let me see.",
-            "Well, that is a lot.",
-            "I like this one.",
-            "So many things.",
-            "Maybe we can count.",
-            "Let us think.",
-        )
-    )
-    return f"{opening} It is hard to say."
+    return f"{rng.choice(RAMBLES)} It is hard to say."
 
 
 def style_shares(problem: Problem) -> dict[str, float]:

@@ -1,12 +1,10 @@
 """
-The whole matrix: trainer x tying x checkpointing x accumulation in every mode against one process; prints the table.
+The whole matrix: trainer x tying x checkpointing x accumulation in every mode against one process, and its table.
 
-    python tests/distributed/matrix.py --output matrix.json --update_readme docs/launchers.md
-
-On two CPU cores about an hour. A mode that the output holds already, from the same commit, is not run.
+Run by test_matrix.py. On two CPU cores about an hour. A mode that matrix.json holds already, from the same commit, is
+not run.
 """
 
-import argparse
 import json
 import os
 import tempfile
@@ -14,13 +12,13 @@ from pathlib import Path
 from statistics import median
 
 from cases import NUMERIC, TOLERANCE
-from completions import write_text
-from provenance import read_provenance
-from report import update_section
+from records.files import write_text
+from records.provenance import read_provenance
 from runs import launch_recipe, run_cases, try_cases
 from tiny import ROWS, make_base, write_split
 
 
+OUTPUT = Path(__file__).with_name("matrix.json")
 MODES = ("ddp", "zero1", "zero2", "zero3", "zero3, values partitioned", "fsdp2", "fsdp2 at load")
 TRANSFERS = 1000
 BUILDS = 5
@@ -175,23 +173,9 @@ def table(record):
     return "\n".join(lines)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="JSON; continued where it is from the same commit")
-    parser.add_argument("--update_readme", type=Path, help="document whose section `distributed` is renewed")
-    parser.add_argument("--report_only", action="store_true", help="run nothing, print the table of the JSON")
-    arguments = parser.parse_args()
-    record = json.loads(arguments.output.read_text()) if arguments.output.exists() else None
-    if not arguments.report_only:
-        provenance = read_provenance()
-        if record is None or record["provenance"]["git"] != provenance["git"]:
-            record = {"provenance": provenance, "modes": {}}
-        with tempfile.TemporaryDirectory() as folder:
-            run(record, Path(folder), arguments.output)
-    print(table(record))
-    if arguments.update_readme:
-        update_section(arguments.update_readme, "distributed", table(record))
-    failed = [
+def failed_modes(record):
+    """The modes that do not agree with one process, or change the base."""
+    return [
         mode
         for mode, result in record["modes"].items()
         if result["agree"] < result["cases"]
@@ -199,8 +183,21 @@ def main():
         or (result["difference_of_a_killed_and_resumed_run"] or 0) > TOLERANCE
         or (result["difference_of_a_launched_recipe"] or 0) > TOLERANCE
     ]
-    if failed:
-        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+def read():
+    """The committed record."""
+    return json.loads(OUTPUT.read_text())
+
+
+def run_all():
+    """Runs what the record of this commit lacks; returns the record."""
+    record, provenance = read() if OUTPUT.exists() else None, read_provenance()
+    if record is None or record["provenance"]["git"] != provenance["git"]:
+        record = {"provenance": provenance, "modes": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        run(record, Path(folder), OUTPUT)
+    return record
 
 
 def run(record, folder, output):
@@ -220,7 +217,3 @@ def run(record, folder, output):
         print(f"{mode} ({number} of {len(missing)})", flush=True)
         record["modes"][mode] = measure(mode, base, data, folder / mode.replace(", ", "-"), expected, step_base)
         write_text(output, json.dumps(record, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()

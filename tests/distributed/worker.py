@@ -25,12 +25,12 @@ import torch.distributed as dist
 import trl_tinylora.tuner.steps
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
-from arguments import resume_point
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointFunction
+from training.launch import resume_point
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from trl.distributed import DistributedBackend

@@ -9,7 +9,6 @@ import subprocess
 from pathlib import Path
 
 import torch
-from transformers import Trainer
 
 import trl_tinylora
 
@@ -19,8 +18,8 @@ def read_provenance() -> dict:
     Commit, versions and machine, for the records.
 
     Returns:
-        `dict`: `git` is `None` outside of a checkout; its `is_dirty` leaves out the results, which are this script's
-        own work.
+        `dict`: `git` is `None` outside of a checkout; its `is_dirty` leaves out the results, which
+            the recipes write themselves.
     """
 
     def git(*command):
@@ -48,26 +47,3 @@ def read_provenance() -> dict:
             "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         },
     }
-
-
-def describe_training(trainer: Trainer, dataset_name: str) -> str:
-    """Returns how an adapter was trained, for its model card.
-
-    Args:
-        trainer ([`~transformers.Trainer`]): After training.
-        dataset_name (`str`): Name or path of the rows.
-    Returns:
-        `str`: Markdown.
-    """
-    args, last = trainer.args, (trainer.state.log_history or [{}])[-1]
-    made = read_provenance()
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    commit = f", commit {made['git']['commit'][:12]}" if made["git"] else ""
-    versions = ", ".join(f"{name} {made['versions'][name]}" for name in ("torch", "transformers", "trl", "peft"))
-    metrics = ", ".join(f"{name} {value:.4g}" for name, value in last.items() if isinstance(value, (int, float)))
-    schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-    return (
-        f"## Training\n\n{type(trainer).__name__} on `{dataset_name}`: {trainer.state.global_step} steps of {batch} "
-        f"rows (of completions in RL), {args.world_size} process{'es' if args.world_size > 1 else ''}, learning rate "
-        f"{args.learning_rate:g} ({schedule}), seed {args.seed}. {versions}{commit}.\n\nLast record: {metrics}."
-    )

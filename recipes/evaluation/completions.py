@@ -3,16 +3,14 @@
 `completions.jsonl` holds one completion a line; `completions.settings.json` beside it says how they were made.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-from provenance import read_provenance
-
-from trl_tinylora.storage.atomic_write import written_whole
+from records.files import digest_of, write_text
+from records.provenance import read_provenance
 
 
 KINDS = ("greedy", "sampled")
@@ -35,7 +33,7 @@ class CompletionsFile:
         if self.path is None:
             return
         if self.path.exists():
-            refuse_other_settings(self.path, settings)
+            _refuse_other_settings(self.path, settings)
             self.by_key = {_key(record): record for record in read_lines(self.path)}
         else:
             made = {"digest": digest_of(settings), "settings": settings, "generated": stamp()}
@@ -118,16 +116,8 @@ def read_settings(path: Path) -> dict:
     return json.loads(beside.read_text(encoding="utf-8"))
 
 
-def refuse_other_settings(path: Path, settings: dict) -> None:
-    """
-    Raises where a file's completions do not follow from these settings.
-
-    Args:
-        path (`Path`): The file of completions.
-        settings (`dict`): The settings of now.
-    Raises:
-        FileExistsError: If they are others.
-    """
+def _refuse_other_settings(path: Path, settings: dict) -> None:
+    """Raises FileExistsError where a file's completions do not follow from these settings."""
     try:
         made = read_settings(path)
     except FileNotFoundError as error:
@@ -145,44 +135,13 @@ def refuse_other_settings(path: Path, settings: dict) -> None:
 
 
 def settings_path(path: Path) -> Path:
-    """
-    Where the settings of a file of completions stand.
-
-    Args:
-        path (`Path`): The file of completions.
-    Returns:
-        `Path`
-    """
+    """Where the settings of a file of completions stand."""
     return path.with_suffix(".settings.json")
-
-
-def digest_of(settings: object) -> str:
-    """
-    SHA-256 of something that JSON can hold.
-
-    Args:
-        settings (`object`): As JSON can hold it.
-    Returns:
-        `str`: Hexadecimal.
-    """
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def stamp() -> dict:
     """Commit, versions, machine and time of now."""
     return read_provenance() | {"time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """
-    Writes a file that is whole or absent, never half.
-
-    Args:
-        path (`str` or `Path`): Its folder is made where needed.
-        text (`str`): The content.
-    """
-    with written_whole(path) as scratch:
-        scratch.write_text(text, encoding="utf-8")
 
 
 def _key(record: dict) -> tuple[str, int, int]:

@@ -1,17 +1,11 @@
 """Arithmetic of memory: what TRL and TinyLoRA keep on each GPU, by model size and launcher. Loads no weights.
 
-    python recipes/memory.py                                    # prints the table
-    python recipes/memory.py --update_readme recipes/README.md  # and renews it there
-
 Bytes are counted from the shapes of the published configurations; activations are an estimate, by the formula in
-`activation_bytes`. Nothing here was measured.
+`_activation_bytes`. Nothing here was measured.
 """
 
-import argparse
 from dataclasses import dataclass
-from pathlib import Path
 
-from report import update_section
 from transformers import Qwen2Config
 
 from trl_tinylora import TinyLoraConfig
@@ -56,19 +50,8 @@ class Sizes:
     activations: int
 
 
-def activation_bytes(hidden: int, layers: int, intermediate: int, vocabulary: int, tokens: int) -> int:
-    """
-    Estimate: each block's input, the inside of one block, and logits with their gradient in float32.
-
-    Args:
-        hidden (`int`): Width of the hidden states.
-        layers (`int`): Number of blocks.
-        intermediate (`int`): Width inside the MLP.
-        vocabulary (`int`): Number of logits a token.
-        tokens (`int`): Tokens of a micro-batch.
-    Returns:
-        `int`: Bytes.
-    """
+def _activation_bytes(hidden: int, layers: int, intermediate: int, vocabulary: int, tokens: int) -> int:
+    """Estimate: each block's input, the inside of one block, and logits with their gradient in float32."""
     return tokens * (BYTES_BF16 * (hidden * layers + 8 * hidden + 3 * intermediate) + 2 * BYTES_FP32 * vocabulary)
 
 
@@ -112,7 +95,7 @@ def count(shape: tuple) -> Sizes:
         largest=BYTES_BF16 * max(parameter.numel() for parameter in model.parameters()),
         factors=BYTES_FP32 * adapter.r * sum(sum(module.weight.shape) for module in adapted),
         values=4 * BYTES_FP32 * VALUES,
-        activations=activation_bytes(hidden, layers, intermediate, vocabulary, TOKENS),
+        activations=_activation_bytes(hidden, layers, intermediate, vocabulary, TOKENS),
     )
 
 
@@ -138,17 +121,3 @@ def table() -> str:
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--update_readme", type=Path, help="README whose section `memory` is renewed")
-    update = parser.parse_args().update_readme
-    counted = table()
-    print(counted)
-    if update:
-        update_section(update, "memory", counted)
-
-
-if __name__ == "__main__":
-    main()

@@ -17,7 +17,7 @@ def verdict(difference: dict | None) -> str:
     What a difference's interval and p-value carry, by the rules above.
 
     Args:
-        difference (`dict`, *optional*): As `report.difference` returns, with `p_corrected`.
+        difference (`dict`, *optional*): As [`difference`] returns, with `p_corrected`.
     Returns:
         `str`: `"higher"`, `"lower"`, `"suggested"`, `"level"`, `"open"`, or `"unknown"` where there is none.
     """
@@ -46,15 +46,8 @@ def points(value: float, signed: bool = True) -> str:
     return f"{rounded:+.{decimals}f}" if signed and rounded else f"{rounded:.{decimals}f}"
 
 
-def interval(difference: dict) -> str:
-    """
-    A difference's interval in words.
-
-    Args:
-        difference (`dict`): As `report.difference` returns.
-    Returns:
-        `str`: As `"-2.0 to 4.4"`.
-    """
+def _interval(difference: dict) -> str:
+    """A difference's interval in words, as "-2.0 to 4.4"."""
     low, high = difference["interval"]
     return f"{points(low, signed=False)} to {points(high, signed=False)}"
 
@@ -78,7 +71,7 @@ def compared(first: str, other: str, difference: dict | None) -> str:
     Args:
         first (`str`): The model whose score the difference is counted from.
         other (`str`): The model that is subtracted.
-        difference (`dict`, *optional*): As `report.difference` returns.
+        difference (`dict`, *optional*): As [`difference`] returns.
     Returns:
         `str`: A sentence that claims what [`verdict`] carries.
     """
@@ -86,7 +79,7 @@ def compared(first: str, other: str, difference: dict | None) -> str:
     first, other = (f"“{name}”" if "," in name else name for name in (first, other))
     if difference is None:
         return f"{first} and {other} cannot be compared: they share no seed, or their answers were not kept."
-    numbers = f"difference {points(difference['difference'])} points, 95% interval {interval(difference)}"
+    numbers = f"difference {points(difference['difference'])} points, 95% interval {_interval(difference)}"
     side = "higher" if difference["difference"] > 0 else "lower"
     sentence = {
         "higher": f"{first} scores higher than {other}",
@@ -104,16 +97,16 @@ def gained(gains: dict | None) -> str:
 
     Args:
         gains (`dict`, *optional*): A cell's `gains` of one kind of decoding: `strict`, `flexible` and `format`, each
-            as `report.difference` returns or None.
+            as [`difference`] returns or None.
     Returns:
-        `str`: As `"a gain of 8.0 points (5.0 to 11.0), of it reasoning +6.0 (2.0 to 10.0) and format +2.0."`.
+        `str`: As `"a gain of 8.0 points (5.0 to 11.0): +6.0 for answers right more often, +2.0 for format."`
     """
     strict = gains and gains["strict"]
     if not strict:
         return "not compared with the untrained model."
     if strict["is_identical"] and gains["flexible"] and gains["flexible"]["is_identical"]:
         return "graded as the untrained model on every problem."
-    size, bounds = points(abs(strict["difference"]), signed=False), interval(strict)
+    size, bounds = points(abs(strict["difference"]), signed=False), _interval(strict)
     kind = "gain" if strict["difference"] > 0 else "loss"
     found = verdict(strict)
     sentence = {
@@ -128,18 +121,18 @@ def gained(gains: dict | None) -> str:
 
 
 def _split(gains, found) -> str:
-    """The two parts, wherever one of them might hide in the sum, and whether reasoning is shown by itself."""
-    reasoning, form = gains["flexible"], gains["format"]
-    if reasoning is None or form is None:
-        return "; without flexible grading it cannot be split into reasoning and format"
-    verdicts = verdict(reasoning), verdict(form)
+    """The two parts, wherever one of them might hide in the sum, and whether answers are right more often."""
+    right, form = gains["flexible"], gains["format"]
+    if right is None or form is None:
+        return "; without flexible grading, format cannot be told from answers right more often"
+    verdicts = verdict(right), verdict(form)
     if found in ("level", "open") and not {"higher", "lower"} & set(verdicts):
         return ""
-    parts = f", of it reasoning {points(reasoning['difference'])} ({interval(reasoning)}) and format "
-    parts += points(form["difference"])
+    parts = f": {points(right['difference'])} ({_interval(right)}) for answers right more often, "
+    parts += f"{points(form['difference'])} for format"
     if verdicts[0] == "lower":
-        return f"{parts}: reasoning is lost"
-    return parts if verdicts[0] == "higher" else f"{parts}: no gain in reasoning is shown"
+        return f"{parts}; answers are right less often"
+    return parts if verdicts[0] == "higher" else f"{parts}; answers are not shown to be right more often"
 
 
 def _corrected(difference) -> str:
@@ -157,7 +150,7 @@ def headline(summary: dict) -> list[str]:
     The conclusions of a comparison: the untrained model, its controls, and each of the main sizes.
 
     Args:
-        summary (`dict`): As `report.summarize` returns.
+        summary (`dict`): As [`summarize`] returns.
     Returns:
         `list[str]`: Markdown, an item of a list each.
     """
@@ -167,27 +160,32 @@ def headline(summary: dict) -> list[str]:
             lines.append(_untrained(cell))
         else:
             subject = f"{cell['arm_label']} ({cell['label']})" if cell["size"] else cell["arm_label"]
-            against = _against(cell, summary["pairs"])
-            lines.append(f"**{_capital(subject)}**: {gained(cell['gains'].get('greedy'))}{against}")
+            sentences = [gained(cell["gains"].get("greedy")), *_pairs(summary, cell["size"], cell["arm"])]
+            lines.append(f"**{_capital(subject)}**: {' '.join(sentences)}")
     for size in summary["main_sizes"]:
         group = [cell for cell in summary["cells"] if cell["role"] == "arm" and cell["size"] == size]
         sentences = [
             f"{_capital(cell['arm_label'])}: {gained(cell['gains'].get('greedy'))}{_sampled(cell['gains'])}"
             for cell in group
         ]
-        sentences += [
-            compared(pair["first_label"], pair["other_label"], pair["greedy"]["strict"])
-            for pair in summary["pairs"]
-            if pair["size"] == size and pair["question"] == "arm"
-        ]
+        sentences += [sentence for cell in group for sentence in _pairs(summary, size, cell["arm"])]
         lines.append(f"**{group[0]['label']}**. {' '.join(sentences)}")
     return lines
+
+
+def _pairs(summary, size, other) -> list[str]:
+    """RL beside another arm or a control of the same size."""
+    return [
+        compared(pair["first_label"], pair["other_label"], pair["greedy"]["strict"])
+        for pair in summary["pairs"]
+        if (pair["size"], pair["other"]) == (size, other)
+    ]
 
 
 def _sampled(gains) -> str:
     """The numbers of sampling beside what is said of greedy answers, which a small push may turn."""
     strict = gains.get("sampled", {}).get("strict")
-    return f" Sampled: {points(strict['difference'])} ({interval(strict)})." if strict else ""
+    return f" Sampled: {points(strict['difference'])} ({_interval(strict)})." if strict else ""
 
 
 def _capital(words: str) -> str:
@@ -201,26 +199,3 @@ def _untrained(cell) -> str:
         lost = greedy["flexible"]["mean"] - greedy["strict"]["mean"]
         line += f", {greedy['flexible']['mean']:.1%} flexible: {points(lost, signed=False)} points lie in the format"
     return line + "."
-
-
-def _against(control, pairs) -> str:
-    """RL beside a control: in full where they share a size, and by size where the control has none."""
-    pairs = [pair for pair in pairs if pair["other"] == control["arm"]]
-    if control["size"] is not None:
-        return "".join(
-            f" {compared(pair['first_label'], pair['other_label'], pair['greedy']['strict'])}"
-            for pair in pairs
-            if pair["size"] == control["size"]
-        )
-    phrases = {
-        "higher": "scores higher at",
-        "lower": "scores lower at",
-        "suggested": "differs before correction only at",
-        "level": f"does not differ by more than {points(MARGIN, signed=False)} points at",
-        "open": "cannot be told from it at",
-    }
-    found: dict = {}
-    for pair in pairs:
-        found.setdefault(verdict(pair["greedy"]["strict"]), []).append(pair["label"])
-    said = [f"{phrase} {', '.join(map('“{}”'.format, found[key]))}" for key, phrase in phrases.items() if key in found]
-    return f" Beside it {pairs[0]['first_label']} {'; '.join(said)}." if said else ""

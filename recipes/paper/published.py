@@ -1,12 +1,8 @@
 """The published numbers of `published.json` beside our own, as the tables in the READMEs of the paper's recipes.
 
-    python recipes/published.py           # renews every table, and what each recipe needs
-    python recipes/published.py --check   # fails if one is not current
-
 A cell of ours says "not run" until the recipe's `results/` holds the `summary.json` that `compare.py` wrote.
 """
 
-import argparse
 import functools
 import json
 import math
@@ -14,19 +10,21 @@ from collections import Counter
 from pathlib import Path
 
 import yaml
-from arguments import AdapterArguments
-from evaluate import write_text
-from memory import SHAPES, TOKENS, config_of, count
-from plan import CompareArguments, Plan
-from report import replace_section
+from comparison.arguments import CompareArguments
+from comparison.plan import Plan
+from comparison.tables import grid
+from records.files import replace_section
+from training.arguments import AdapterArguments
 from trl import TrlParser
 
+from paper.memory import SHAPES, TOKENS, config_of, count
 from trl_tinylora import TinyLoraConfig
 from trl_tinylora.maths.tying import count_groups
 from trl_tinylora.tuner.targets import resolve_target_modules, skeleton
 
 
-ROOT = Path(__file__).parent
+PUBLISHED = Path(__file__).with_name("published.json")
+RECIPES = Path(__file__).parents[1]
 NOT_RUN = "not run"
 # Shapes by name on the Hub. Llama has Qwen2's modules without their biases, which count nowhere here.
 MODEL_SHAPES = {f"Qwen/Qwen2.5-{name}-Instruct": shape for name, shape in SHAPES.items()} | {
@@ -40,19 +38,12 @@ BYTES_FULL = 16
 
 def read() -> dict:
     """The published numbers: `sources`, by key, and `tables`, each of one recipe."""
-    return json.loads((ROOT / "published.json").read_text(encoding="utf-8"))
+    return json.loads(PUBLISHED.read_text(encoding="utf-8"))
 
 
-def settings_of(recipe: str) -> dict:
-    """
-    The settings of a recipe's RL arm.
-
-    Args:
-        recipe (`str`): Name of the recipe's folder.
-    Returns:
-        `dict`: Keys of its `grpo.yaml`.
-    """
-    return yaml.safe_load((ROOT / recipe / "grpo.yaml").read_text(encoding="utf-8"))
+def _settings_of(recipe: str) -> dict:
+    """The settings of a recipe's RL arm: the keys of its `grpo.yaml`."""
+    return yaml.safe_load((RECIPES / recipe / "grpo.yaml").read_text(encoding="utf-8"))
 
 
 def read_comparison(path: Path) -> CompareArguments:
@@ -68,18 +59,10 @@ def read_comparison(path: Path) -> CompareArguments:
     return arguments
 
 
-def read_summary(recipe: str, comparison: str) -> dict | None:
-    """
-    What `compare.py` found, where it was run and its results were committed.
-
-    Args:
-        recipe (`str`): Name of the recipe's folder.
-        comparison (`str`): Name of its YAML: the results of `compare.yaml` lie in `results/`, those of
-            `compare_rank.yaml` in `results/rank/`.
-    Returns:
-        `dict` or `None`: As `report.summarize` returns.
-    """
-    folder = ROOT / recipe / "results" / Path(comparison).stem.removeprefix("compare").removeprefix("_")
+def _read_summary(recipe: str, comparison: str) -> dict | None:
+    """What `compare.py` found, where it was run and its results were committed."""
+    # Of compare.yaml in results/, of compare_rank.yaml in results/rank/.
+    folder = RECIPES / recipe / "results" / Path(comparison).stem.removeprefix("compare").removeprefix("_")
     path = folder / "summary.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
@@ -112,17 +95,8 @@ def _shapes(model: str) -> tuple[int, dict[str, int]]:
     return parameters, {name: sum(skeletal.get_submodule(name).weight.shape) for name in names}
 
 
-def ours(summary: dict | None, arm: str, size: str | None) -> str:
-    """
-    Our own greedy accuracies of one row, strict and flexible.
-
-    Args:
-        summary (`dict` or `None`): As `read_summary` returns.
-        arm (`str`): "untrained", an arm or a control of the comparison.
-        size (`str` or `None`): A size of the comparison; `None` for what has none.
-    Returns:
-        `str`: The cell, "not run" where there is nothing.
-    """
+def _ours(summary: dict | None, arm: str, size: str | None) -> str:
+    """Our own greedy accuracies of one row, strict and flexible; "not run" where there are none."""
     cells = [] if summary is None else summary["cells"]
     cell = next((cell for cell in cells if (cell["arm"], cell["size"]) == (arm, size)), None)
     if cell is None:
@@ -142,42 +116,13 @@ def table(published: dict, entry: dict, comparison: CompareArguments, summary: d
         published (`dict`): As [`read`] returns.
         entry (`dict`): One of its `tables`.
         comparison (`CompareArguments`): That the table is of.
-        summary (`dict` or `None`): As [`read_summary`] returns.
+        summary (`dict` or `None`): As [`~comparison.summary.summarize`] returns, if there is one.
     Returns:
         `str`: Markdown: table, sources with their caveats, notes.
     Raises:
         ValueError: If a published row names an arm or a size that the comparison does not have.
     """
-    controls = {name: (control["label"], control.get("size")) for name, control in (comparison.controls or {}).items()}
-    cells = [("untrained", None), *((name, size) for name, (_, size) in controls.items())]
-    cells += [(arm, size) for arm in comparison.arms for size in comparison.sizes_of(arm)]
-    labels = {"untrained": "untrained"} | {name: label for name, (label, _) in controls.items()}
-    labels |= {name: arm["label"] for name, arm in comparison.arms.items()}
-    rows = {(row["arm"], row["size"]): row for row in entry["rows"]}
-    model = settings_of(entry["recipe"])["model_name_or_path"]
-    unknown = [cell for cell in rows if cell not in cells]
-    if unknown:
-        raise ValueError(f"published.json has {unknown} for {entry['recipe']}, which its {entry['comparison']} has not")
-    columns = [f"paper: {name}" if index == 0 else name for index, name in enumerate(entry["columns"])]
-    lines = [
-        f"| arm | trained | values | this repository | {' | '.join(columns)} | replications |",
-        "|---|---|--:|--:|" + "--:|" * len(columns) + "---|",
-    ]
-    empty: Counter = Counter()
-    for arm, size in cells:
-        row = rows.get((arm, size))
-        found = ours(summary, arm, size)
-        if row is None and found == NOT_RUN:
-            empty[labels[arm]] += 1
-            continue
-        row = row or {"paper": [None] * len(columns), "replications": []}
-        # A control holds an adapter of that size without having trained it.
-        is_trained = arm in comparison.arms
-        trained = comparison.sizes[size]["label"] if is_trained else "nothing"
-        values = count_values(model, comparison.sizes[size]["arguments"]) if is_trained else 0
-        numbers = ["-" if number is None else f"{number:.1f}" for number in row["paper"]]
-        others = "; ".join(f"{item['result']} [{item['source']}]" for item in row["replications"]) or "-"
-        lines.append(f"| {labels[arm]} | {trained} | {values:,} | {found} | {' | '.join(numbers)} | {others} |")
+    lines, empty = _rows(entry, comparison, summary)
     lines += ["", "In percent. This repository's: greedy, strict / flexible, on the recipe's test problems."]
     if empty:
         rest = [label + (f" ({number} sizes)" if number > 1 else "") for label, number in empty.items()]
@@ -191,16 +136,38 @@ def table(published: dict, entry: dict, comparison: CompareArguments, summary: d
     return "\n".join(lines)
 
 
-def needs(recipe: str) -> str:
-    """
-    What a recipe needs: memory by arithmetic, and the runs of its comparisons.
+def _rows(entry, comparison, summary) -> tuple[list[str], Counter]:
+    """The table's lines, and how many cells of each arm have no number at all."""
+    controls = {name: (control["label"], control.get("size")) for name, control in (comparison.controls or {}).items()}
+    cells = [("untrained", None), *((name, size) for name, (_, size) in controls.items())]
+    cells += [(arm, size) for arm in comparison.arms for size in comparison.sizes_of(arm)]
+    labels = {"untrained": "untrained"} | {name: label for name, (label, _) in controls.items()}
+    labels |= {name: arm["label"] for name, arm in comparison.arms.items()}
+    rows = {(row["arm"], row["size"]): row for row in entry["rows"]}
+    model = _settings_of(entry["recipe"])["model_name_or_path"]
+    if unknown := [cell for cell in rows if cell not in cells]:
+        raise ValueError(f"published.json has {unknown} for {entry['recipe']}, which its {entry['comparison']} has not")
+    columns = [f"paper: {name}" if index == 0 else name for index, name in enumerate(entry["columns"])]
+    header = ["arm", "trained", "values", "this repository", *columns, "replications"]
+    lines, empty = [], Counter()
+    for arm, size in cells:
+        row, found = rows.get((arm, size)), _ours(summary, arm, size)
+        if row is None and found == NOT_RUN:
+            empty[labels[arm]] += 1
+            continue
+        row = row or {"paper": [None] * len(columns), "replications": []}
+        # A control holds an adapter of that size without having trained it.
+        trained = comparison.sizes[size] if arm in comparison.arms else {"label": "nothing"}
+        values = count_values(model, trained["arguments"]) if arm in comparison.arms else 0
+        numbers = ["-" if number is None else f"{number:.1f}" for number in row["paper"]]
+        others = "; ".join(f"{item['result']} [{item['source']}]" for item in row["replications"]) or "-"
+        lines.append([labels[arm], trained["label"], f"{values:,}", found, *numbers, others])
+    return [grid(" | ".join(header), "llrr" + "r" * len(columns) + "l", lines)], empty
 
-    Args:
-        recipe (`str`): Name of the recipe's folder.
-    Returns:
-        `str`: Markdown.
-    """
-    settings = settings_of(recipe)
+
+def _needs(recipe: str) -> str:
+    """What a recipe needs: memory by arithmetic, and the runs of its comparisons."""
+    settings = _settings_of(recipe)
     sizes = count(MODEL_SHAPES[settings["model_name_or_path"]])
     whole = sizes.weights + sizes.factors + sizes.values + sizes.activations
     parameters = sizes.weights // 2
@@ -212,13 +179,13 @@ def needs(recipe: str) -> str:
         f"{sizes.factors / 1e9:.2f}, one micro-batch of {TOKENS:,} tokens {sizes.activations / 1e9:.1f}: "
         f"**{whole / 1e9:.0f}** in all. vLLM comes on top: its own weights, {sizes.weights / 1e9:.1f}, and a cache "
         f"(`vllm_gpu_memory_utilization`). Full fine-tuning in float32 with Adam takes {full:.0f} and the "
-        f"activations: {math.ceil(full / 70)} or more GPUs of 80 GB under ZeRO-3. By arithmetic (`memory.py`), not "
-        "measured.",
+        f"activations: {math.ceil(full / 70)} or more GPUs of 80 GB under ZeRO-3. By arithmetic "
+        "(`recipes/paper/memory.py`), not measured.",
         "",
         "| comparison | sizes | runs that choose rates | final runs | of them RL |",
         "|---|--:|--:|--:|--:|",
     ]
-    for path in sorted((ROOT / recipe).glob("compare*.yaml")):
+    for path in sorted((RECIPES / recipe).glob("compare*.yaml")):
         arguments = read_comparison(path)
         plan = Plan(arguments)
         sweep, final = plan.sweep(), plan.final_names()
@@ -244,32 +211,10 @@ def renewed(recipe: str, published: dict) -> str:
     Raises:
         ValueError: If a marker is missing.
     """
-    document = (ROOT / recipe / "README.md").read_text(encoding="utf-8")
-    document = replace_section(document, "needs", needs(recipe))
+    document = (RECIPES / recipe / "README.md").read_text(encoding="utf-8")
+    document = replace_section(document, "needs", _needs(recipe))
     for entry in (entry for entry in published["tables"] if entry["recipe"] == recipe):
-        comparison = read_comparison(ROOT / recipe / entry["comparison"])
-        content = table(published, entry, comparison, read_summary(recipe, entry["comparison"]))
+        comparison = read_comparison(RECIPES / recipe / entry["comparison"])
+        content = table(published, entry, comparison, _read_summary(recipe, entry["comparison"]))
         document = replace_section(document, entry["section"], content)
     return document
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if a README is not current")
-    check = parser.parse_args().check
-    published = read()
-    stale = []
-    for recipe in sorted({entry["recipe"] for entry in published["tables"]}):
-        path, document = ROOT / recipe / "README.md", renewed(recipe, published)
-        if document == path.read_text(encoding="utf-8"):
-            continue
-        stale.append(recipe)
-        if not check:
-            write_text(path, document)
-            print(f"Renewed {path}")
-    if check and stale:
-        raise SystemExit(f"not current: {', '.join(stale)}: run python recipes/published.py")
-
-
-if __name__ == "__main__":
-    main()

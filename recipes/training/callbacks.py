@@ -1,11 +1,10 @@
-"""What the recipes add to TRL's trainers, as callbacks: values kept in a low precision, and the path that they took."""
-
-import time
+"""What the recipes add to TRL's trainers, as a callback: values kept in a low precision."""
 
 import torch
-from arguments import AdapterArguments
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
+
+from training.arguments import AdapterArguments
 
 
 def trained_values(model: nn.Module) -> list[nn.Parameter]:
@@ -37,33 +36,6 @@ class KeptDtype(TrainerCallback):
     def on_step_end(self, args, state, control, model, **kwargs):
         for values in trained_values(model):
             values.data.copy_(values.data.to(self.dtype))
-
-
-class TrainedPath(TrainerCallback):
-    """
-    Where training went: TinyLoRA's values before the first step and after each one, and the seconds it took.
-
-    Args:
-        max_values (`int`): Paths of more values are left empty.
-    """
-
-    def __init__(self, max_values: int):
-        self.max_values = max_values
-        self.points: list[list[float]] = []
-        self.seconds = 0.0
-
-    def _note(self, model):
-        trained = trained_values(model)
-        if 0 < sum(values.numel() for values in trained) <= self.max_values:
-            self.points.append([number for values in trained for number in values.flatten().tolist()])
-
-    def on_train_begin(self, args, state, control, model, **kwargs):
-        self._started = time.perf_counter()
-        self._note(model)
-
-    def on_step_end(self, args, state, control, model, **kwargs):
-        self._note(model)
-        self.seconds = time.perf_counter() - self._started
 
 
 def callbacks_for(adapter_args: AdapterArguments, training_args: TrainingArguments) -> list[TrainerCallback]:

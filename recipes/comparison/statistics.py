@@ -1,75 +1,23 @@
-"""How sure a number is: intervals, and paired tests of two arms on the same problems.
+"""Two models on the same problems: paired tests, an interval over training seeds, and the correction for many tests.
 
-What each speaks of: Wilson's interval and the bootstrap of other problems of the same kind, with the trained models as
-they are; the t interval of other training seeds, with the problems as they are. None speaks of both.
+The paired tests speak of other problems of the same kind, with the trained models as they are; the t interval of other
+training seeds, with the problems as they are. None speaks of both.
 """
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
+from evaluation import intervals
+from evaluation.intervals import CONFIDENCE, bootstrap_interval
 from scipy import stats
 
 
-CONFIDENCE = 0.95
-RESAMPLES = 9999
-
-
-def wilson_interval(correct: int, count: int, confidence: float = CONFIDENCE) -> list[float]:
+def seed_interval(values: Sequence[float]) -> list[float] | None:
     """
-    Wilson's interval of a share, for one greedy completion a problem.
-
-    Args:
-        correct (`int`): Problems solved.
-        count (`int`): Problems in all, at least 1.
-        confidence (`float`, *optional*, defaults to `0.95`): Share of such intervals that hold the true value.
-    Returns:
-        `list[float]`: Low and high, in [0, 1].
-    """
-    interval = stats.binomtest(int(correct), int(count)).proportion_ci(confidence, method="wilson")
-    return [float(interval.low), float(interval.high)]
-
-
-def bootstrap_interval(
-    values: Sequence[float],
-    seed: int = 0,
-    *,
-    bounds: tuple[float, float] = (0.0, 1.0),
-    confidence: float = CONFIDENCE,
-) -> list[float]:
-    """
-    Percentile bootstrap over problems of a mean of one value a problem.
-
-    Args:
-        values (`Sequence[float]`): One a problem: its share of right samples, or a difference of two such shares.
-        seed (`int`, *optional*, defaults to `0`): Of the resampling.
-        bounds (`tuple[float, float]`, *optional*, defaults to `(0.0, 1.0)`): What one problem alone can say.
-        confidence (`float`, *optional*, defaults to `0.95`): Share of such intervals that hold the true value.
-    Returns:
-        `list[float]`: Low and high.
-    """
-    values = np.asarray(values, dtype=float)
-    if len(values) < 2:
-        return [float(bound) for bound in bounds]
-    interval = stats.bootstrap(
-        (values,),
-        np.mean,
-        n_resamples=RESAMPLES,
-        batch=500,
-        confidence_level=confidence,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return [float(interval.low), float(interval.high)]
-
-
-def seed_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> list[float] | None:
-    """
-    Student's t interval of a mean over training seeds.
+    Student's 95% t interval of a mean over training seeds.
 
     Args:
         values (`Sequence[float]`): One a seed.
-        confidence (`float`, *optional*, defaults to `0.95`): Share of such intervals that hold the true value.
     Returns:
         `list[float]` or `None`: Low and high; `None` for one seed, which says nothing about others.
     """
@@ -78,29 +26,7 @@ def seed_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> li
     mean, error = float(np.mean(values)), float(stats.sem(values))
     if error == 0:
         return [mean, mean]
-    return [float(bound) for bound in stats.t.interval(confidence, len(values) - 1, loc=mean, scale=error)]
-
-
-def pass_at(k: int, samples: int, correct: int) -> float:
-    """
-    Unbiased estimate of the chance that one of k samples is right.
-
-    `1 - C(n - c, k) / C(n, k)` (Chen et al., arXiv:2107.03374, Eq. 1)
-
-    Args:
-        k (`int`): Samples that one may draw, `1 <= k <= samples`.
-        samples (`int`): Samples that were drawn, n.
-        correct (`int`): Of which were right, c.
-    Returns:
-        `float`: In [0, 1].
-    Raises:
-        ValueError: If k or `correct` is out of its bounds.
-    """
-    if not 1 <= k <= samples:
-        raise ValueError(f"k must be from 1 to samples={samples}, got {k}")
-    if not 0 <= correct <= samples:
-        raise ValueError(f"correct must be from 0 to samples={samples}, got {correct}")
-    return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
+    return [float(bound) for bound in stats.t.interval(CONFIDENCE, len(values) - 1, loc=mean, scale=error)]
 
 
 def mcnemar(first: Sequence[int], second: Sequence[int]) -> dict:
@@ -129,7 +55,7 @@ def mcnemar(first: Sequence[int], second: Sequence[int]) -> dict:
     }
 
 
-def paired_bootstrap(first: Sequence, second: Sequence, seed: int = 0, confidence: float = CONFIDENCE) -> dict:
+def paired_bootstrap(first: Sequence, second: Sequence, seed: int = 0) -> dict:
     """
     Two arms of several seeds each on the same problems: the difference of their means, over problems drawn again.
 
@@ -140,7 +66,6 @@ def paired_bootstrap(first: Sequence, second: Sequence, seed: int = 0, confidenc
         first (`Sequence`): Shape `(problems,)` or `(seeds, problems)`: right or not, or the share of right samples.
         second (`Sequence`): The same problems in the same order; the number of seeds may be another.
         seed (`int`, *optional*, defaults to `0`): Of the resampling.
-        confidence (`float`, *optional*, defaults to `0.95`): Share of such intervals that hold the true value.
     Returns:
         `dict`: `difference` (mean of the first minus that of the second), its `interval` and the two-sided `p_value`.
     Raises:
@@ -150,7 +75,7 @@ def paired_bootstrap(first: Sequence, second: Sequence, seed: int = 0, confidenc
     differences = first - second
     result = {
         "difference": float(differences.mean()),
-        "interval": bootstrap_interval(differences, seed, bounds=(-1.0, 1.0), confidence=confidence),
+        "interval": bootstrap_interval(differences, seed, bounds=(-1.0, 1.0)),
         "p_value": 1.0,
     }
     if len(differences) > 1 and np.any(differences):
@@ -160,7 +85,7 @@ def paired_bootstrap(first: Sequence, second: Sequence, seed: int = 0, confidenc
                 (first, second),
                 lambda x, y, axis: np.mean(x - y, axis=axis),
                 permutation_type="samples",
-                n_resamples=RESAMPLES,
+                n_resamples=intervals.RESAMPLES,
                 batch=500,
                 vectorized=True,
                 rng=np.random.default_rng(seed),

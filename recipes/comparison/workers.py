@@ -14,15 +14,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import torch
 import transformers
-from completions import write_text
-from execution import do
-from plan import CompareArguments, Run
+from records.files import write_text
+
+from comparison.arguments import CompareArguments
+from comparison.runs import Run
 
 
 # glibc reads these when a process starts. One without the other would send every tensor to the system and back.
@@ -46,14 +46,13 @@ def execute(run: Run, arguments: CompareArguments, provenance: dict) -> str | No
     with _output_to(folder / "log.txt"):
         try:
             started = time.perf_counter()
-            record = do(run, folder)
+            record = run.run(folder)
             record |= {"wall_seconds": round(time.perf_counter() - started, 1), **provenance}
             record["finished"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         except Exception as error:
             traceback.print_exc()
             return f"{type(error).__name__}: {error}".splitlines()[0]
-    spec = {key: value for key, value in asdict(run).items() if key != "settings"}
-    record = spec | {"digest": run.digest} | record
+    record = run.described() | record
     # A line a key: readable, and a change to one of them shows as one.
     lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
     write_text(arguments.path("runs", f"{run.name}.json"), "{\n" + ",\n".join(lines) + "\n}\n")
@@ -152,7 +151,7 @@ class Workers:
             # two cores with a run each. One that runs alone, as benchmarks/toy_profile.py has it, loses nothing.
             for name, value in KEPT_MEMORY.items():
                 os.environ.setdefault(name, value)
-            threads = int(os.environ.get("OMP_NUM_THREADS", max(1, cpu_cores() // self.jobs)))
+            threads = int(os.environ.get("OMP_NUM_THREADS", max(1, _cpu_cores() // self.jobs)))
             # Not forked: this process may have threads, and a GPU that a fork could not use.
             context = multiprocessing.get_context("spawn")
             setup = {"initializer": _start_worker, "initargs": (threads, context.Value("i", 0))}
@@ -168,7 +167,7 @@ class Workers:
 def _next(queue: list[Run], running: Iterable[Run]) -> Run | None:
     """The first run that trains on nothing that another one has yet to draw."""
     open_names = {run.name for run in (*queue, *running)}
-    return next((run for run in queue if run.options.get("samples") not in open_names), None)
+    return next((run for run in queue if run.needs not in open_names), None)
 
 
 def worker_count(arguments: CompareArguments) -> int:
@@ -184,16 +183,11 @@ def worker_count(arguments: CompareArguments) -> int:
         return arguments.jobs
     if torch.cuda.is_available():
         return torch.cuda.device_count()
-    return cpu_cores()
+    return _cpu_cores()
 
 
-def cpu_cores() -> int:
-    """
-    Cores that this process may use, which in a container can be fewer than the machine has.
-
-    Returns:
-        `int`: At least 1.
-    """
+def _cpu_cores() -> int:
+    """Cores that this process may use, which in a container can be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -228,7 +222,7 @@ class Progress:
             self.failed.append(run.name)
             result = f"FAILED: {error} (log: {self.arguments.work / run.name / 'log.txt'})"
         else:
-            record = run.kept(self.arguments)
+            record = run.kept(self.arguments.path("runs"))
             self.seconds.setdefault(run.algorithm, []).append(record["wall_seconds"])
             metrics = record.get("metrics", {})
             kinds = [kind for kind in ("greedy", "sampled") if kind in metrics]

@@ -5,7 +5,6 @@ import importlib.util
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,53 +13,15 @@ import transformers
 import trl
 from peft import PeftConfig, PeftModel, PeftType
 
+from evaluation.arguments import GenerationArguments
 from trl_tinylora import TinyLoraPeftType, export_lora
 from trl_tinylora.convert.lora import ADAPTER_FILES, refuse_what_is_no_lora
-from trl_tinylora.tasks import get_task
 
 
 # vllm/config/lora.py, `MaxLoRARanks`, from 8 on: an adapter of rank 2 needs 8.
 VLLM_MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # Beyond this, a tensor goes into a model's digest by sums of its bits.
 WHOLLY_HASHED = 1_000_000
-
-
-@dataclass
-class GenerationArguments:
-    """
-    How completions are asked for, generated and counted.
-
-    Args:
-        task (`str`, *optional*, defaults to `"gsm8k"`): Whose prompt and grading, `"gsm8k"` or `"math"`.
-        system_prompt (`str`, *optional*): Instead of the task's own; by default there is none for GSM8K.
-        samples (`int`, *optional*, defaults to `4`): Samples a problem, beside the greedy completion; 0 for none.
-        temperature (`float`, *optional*, defaults to `1.0`): Of the samples.
-        max_new_tokens (`int`, *optional*, defaults to `512`): Limit of a completion.
-        eval_batch_size (`int`, *optional*, defaults to `64`): Completions generated at once.
-        eval_seed (`int`, *optional*, defaults to `0`): Seed of the samples and of the bootstrap.
-    Raises:
-        ValueError: If a value is out of its bounds.
-    """
-
-    task: str | None = field(default="gsm8k", metadata={"help": "Whose prompt and grading: gsm8k or math."})
-    system_prompt: str | None = field(default=None, metadata={"help": "Instead of the task's own system prompt."})
-    samples: int = field(default=4, metadata={"help": "Samples a problem, beside the greedy completion; 0 for none."})
-    temperature: float = field(default=1.0, metadata={"help": "Temperature of the samples."})
-    max_new_tokens: int = field(default=512, metadata={"help": "Limit of a completion, in tokens."})
-    eval_batch_size: int = field(default=64, metadata={"help": "Completions generated at once."})
-    eval_seed: int = field(default=0, metadata={"help": "Seed of the samples and of the bootstrap."})
-
-    def __post_init__(self):
-        if self.task is not None:
-            get_task(self.task)
-        bounds = {"samples": 0, "max_new_tokens": 1, "eval_batch_size": max(1, self.samples), "eval_seed": 0}
-        for name, bound in bounds.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name} must be at least {bound}, got {getattr(self, name)}")
-        if self.temperature <= 0:
-            raise ValueError(
-                f"temperature must be above 0, got {self.temperature}: the greedy completion is always generated"
-            )
 
 
 class Completion(NamedTuple):

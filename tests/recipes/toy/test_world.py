@@ -1,29 +1,17 @@
 """The toy's problems, styles, committed data and base tokenizer. CPU, seconds."""
 
-import importlib.util
 import json
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from toy import world
 
 from trl_tinylora.tasks import gsm8k
 
 
-TOY = Path(__file__).parents[2] / "recipes" / "toy"
-
-
-def load_world():
-    spec = importlib.util.spec_from_file_location("toy_world", TOY / "world.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-world = load_world()
+TOY = Path(__file__).parents[3] / "recipes" / "toy"
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,62 @@
+"""A README's part of a comparison: a short table, its caveat and one figure, between two markers."""
+
+from pathlib import Path
+
+from records.files import replace_section, write_text
+
+from comparison import figures
+from comparison.tables import grid, percent
+
+
+# Arm and size of its rows, at most six; what a comparison lacks is left out.
+ROWS = (("rl", "13"), ("sft", "13"), ("sft-own", "13"), ("rl", "lora-r1"), ("rl", "full"), ("untrained", None))
+SECTION = "toy"
+# Of the toy, from the root of the repository.
+IMAGE = "recipes/toy/results/accuracy.png"
+REPORT = "recipes/toy/results/report.md"
+CAVEAT = (
+    "on a 0.8M-parameter toy whose base can solve nearly every problem and usually does not, so that a few values may "
+    "suffice ([what it cannot show](recipes/toy/README.md))"
+)
+
+
+def readme_content(summary: dict) -> str:
+    """
+    What a README shows of the toy's comparison.
+
+    Args:
+        summary (`dict`): As [`summarize`] returns.
+    Returns:
+        `str`: Markdown: table, caveat, figure.
+    """
+    by_cell = {(cell["arm"], cell["size"]): cell for cell in summary["cells"]}
+    cells = [by_cell[key] for key in ROWS if key in by_cell]
+    rows = [
+        [cell["label"], f"{cell['trained_values']:,}", cell["arm_label"]]
+        + [percent(cell["accuracy"].get(kind, {}).get("strict")) for kind in ("greedy", "sampled")]
+        for cell in cells
+    ]
+    seeds = max((len(cell["seeds"]) for cell in cells), default=0)
+    spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "1 seed"
+    parts = [
+        grid("trained | values | arm | greedy | sampled", "lrlrr", rows),
+        f"Test problems answered right ({summary['n_problems']}, {spread}) {CAVEAT}; every arm, size and control: "
+        f"[report]({REPORT}).",
+    ]
+    if not figures.lacking("accuracy.png", summary):
+        parts.append(f"![Accuracy by number of trained values]({IMAGE})")
+    return "\n\n".join(parts)
+
+
+def update_readme(path: str | Path, summary: dict) -> None:
+    """
+    Renews a README's table in place.
+
+    Args:
+        path (`str` or `Path`): The README, with the markers `<!-- results:toy -->` and `<!-- /results:toy -->`.
+        summary (`dict`): As [`summarize`] returns.
+    Raises:
+        ValueError: If a marker is missing.
+    """
+    document = Path(path).read_text(encoding="utf-8")
+    write_text(path, replace_section(document, SECTION, readme_content(summary)))

@@ -1,0 +1,1 @@
+"""How results are written down: files that are whole or not there, where a number comes from, sections of documents."""

@@ -1,0 +1,47 @@
+"""The generated tables: memory by model size in docs/launchers.md, the paper's numbers in the recipes' READMEs.
+
+python recipes/tables.py           # renews what is not current
+python recipes/tables.py --check   # changes nothing; fails if one is not current
+"""
+
+import argparse
+from pathlib import Path
+
+from paper import memory, published
+from records.files import replace_section, write_text
+
+
+RECIPES = Path(__file__).parent
+
+
+def documents() -> dict[Path, str]:
+    """
+    The documents with generated tables, as they should be.
+
+    Returns:
+        `dict[Path, str]`: Content by path.
+    Raises:
+        ValueError: If a marker is missing.
+    """
+    path = RECIPES.parent / "docs" / "launchers.md"
+    renewed = {path: replace_section(path.read_text(encoding="utf-8"), "memory", memory.table())}
+    numbers = published.read()
+    for recipe in sorted({entry["recipe"] for entry in numbers["tables"]}):
+        renewed[RECIPES / recipe / "README.md"] = published.renewed(recipe, numbers)
+    return renewed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if one is not current")
+    check = parser.parse_args().check
+    stale = [(path, text) for path, text in documents().items() if path.read_text(encoding="utf-8") != text]
+    if check and stale:
+        raise SystemExit(f"not current: {', '.join(str(path) for path, _ in stale)}: run python recipes/tables.py")
+    for path, text in stale:
+        write_text(path, text)
+        print(f"Renewed {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What `grpo.py` and `sft.py` share: their arguments, and what they add to TRL's trainers."""
