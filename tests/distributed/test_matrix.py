@@ -1,4 +1,4 @@
-"""The whole launcher matrix, an hour on two cores, and its table in recipes/README.md, which is written here too."""
+"""The whole launcher matrix, an hour on two cores, and its table in docs/launchers.md, which is written here too."""
 
 import matrix
 import pytest
@@ -6,7 +6,7 @@ from records.files import replace_section, update_section
 from runs import ROOT
 
 
-README = ROOT / "recipes" / "README.md"
+PAGE = ROOT / "docs" / "launchers.md"
 
 
 @pytest.mark.slow
@@ -17,9 +17,9 @@ def test_every_mode_agrees_with_one_process():
 
 @pytest.mark.slow
 def test_the_table_is_written_from_the_record():
-    update_section(README, "distributed", matrix.table(matrix.read()))
+    update_section(PAGE, "distributed", matrix.table(matrix.read()))
 
 
 def test_the_table_is_that_of_the_committed_record():
-    readme = README.read_text()
-    assert replace_section(readme, "distributed", matrix.table(matrix.read())) == readme, "run `make results`"
+    page = PAGE.read_text()
+    assert replace_section(page, "distributed", matrix.table(matrix.read())) == page, "run `make results`"
