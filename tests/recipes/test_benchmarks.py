@@ -8,18 +8,10 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import build
-import fidelity
-import growth
-import harness
-import imports
-import many_adapters
-import merge
 import pytest
-import step
 import torch
-import toy_profile
-from report import replace_section
+from benchmarks import build, fidelity, growth, harness, imports, many_adapters, merge, step, toy_profile
+from records.files import replace_section
 
 
 ROOT = Path(__file__).parents[2]
@@ -36,13 +28,17 @@ SMALL = {
 }
 
 
+def name_of(script):
+    return script.__name__.rpartition(".")[2]
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """Runs a benchmark on its smallest sizes; returns its record and what it printed. Each runs once."""
 
     @functools.cache
     def measure(script):
-        path = tmp_path_factory.mktemp("benchmark") / "results" / f"{script.__name__}.json"
+        path = tmp_path_factory.mktemp("benchmark") / "results" / f"{name_of(script)}.json"
         printed = io.StringIO()
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
             patch.setattr(sys, "argv", [script.__file__, *SMALL[script].split(), "--output", str(path)])
@@ -58,11 +54,11 @@ def in_one_worker(script):
 
 
 @pytest.mark.parametrize(
-    "script", [pytest.param(script, id=script.__name__, marks=in_one_worker(script)) for script in SMALL]
+    "script", [pytest.param(script, id=name_of(script), marks=in_one_worker(script)) for script in SMALL]
 )
 def test_a_benchmark_writes_the_rows_that_it_prints(script, measured):
     record, printed = measured(script)
-    assert record["rows"] and record["name"] == script.__name__
+    assert record["rows"] and record["name"] == name_of(script)
     assert harness.table([record]) in printed
     assert record["provenance"]["versions"]["peft"] is not None and record["provenance"]["machine"]["cpu"]
 

@@ -15,15 +15,16 @@ from pathlib import Path
 
 import evaluate
 import grpo
-import published
 import pytest
 import sft
 import torch
 import yaml
-from arguments import AdapterArguments
+from comparison.arguments import CompareArguments
+from comparison.plan import Plan
 from miniatures import FOLDERS, GSM8K, MODULES, make_miniature, write_math_rows
+from paper import published
 from peft import LoraConfig, get_peft_model
-from plan import CompareArguments, Plan
+from training.arguments import AdapterArguments
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from trl import TrlParser
 
@@ -255,7 +256,7 @@ def test_the_numbers_of_values_are_the_papers(path):
 @pytest.mark.parametrize("entry", published.read()["tables"], ids=lambda entry: f"{entry['recipe']}-{entry['section']}")
 def test_every_published_number_stands_at_its_number_of_values(entry):
     comparison = published.read_comparison(ROOT / "recipes" / entry["recipe"] / entry["comparison"])
-    model = published.settings_of(entry["recipe"])["model_name_or_path"]
+    model = published._settings_of(entry["recipe"])["model_name_or_path"]
     assert len(entry["rows"]) > 3
     for row in entry["rows"]:
         if row["size"] is not None:
@@ -295,7 +296,7 @@ def test_only_the_two_ablations_of_freedom_have_values_that_add_none(path):
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_the_readme_shows_the_published_numbers_and_that_nothing_was_run(folder):
     document = (folder / "README.md").read_text(encoding="utf-8")
-    assert document == published.renewed(folder.name, published.read()), "run python recipes/published.py"
+    assert document == published.renewed(folder.name, published.read()), "run python recipes/tables.py"
     tables = [entry for entry in published.read()["tables"] if entry["recipe"] == folder.name]
     assert document.count("| not run |") == sum(len(entry["rows"]) for entry in tables) > 0
 

@@ -2,18 +2,17 @@
 
 from pathlib import Path
 
-import evaluate
 import grpo
 import pytest
 import sft
 import torch
 import trl
 import yaml
-from arguments import AdapterArguments, build_peft_config, resume_point
-from peft import LoraConfig, PeftModel
+from evaluation.arguments import GenerationArguments
+from evaluation.run import evaluate
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_tinylora import TinyLoraConfig
 from trl_tinylora.tasks import gsm8k
 
 
@@ -79,73 +78,6 @@ def test_a_step_of_either_arm_takes_the_same_problems(tmp_path):
     assert rl.max_steps * problems <= 2000, "no problem is seen twice"
 
 
-@pytest.mark.parametrize(
-    ("chosen", "message"),
-    [
-        ({"n_values": 13, "u": 1}, "n_values=13 finds u and n_tie itself, but u=1 is given too: drop n_values"),
-        ({"n_values": 13, "n_tie": "all"}, "n_tie='all' is given too"),
-        ({"adapter": "lora", "r": 2}, "r=2 belongs to adapter='tinylora', but adapter is 'lora'"),
-        ({"adapter": "full", "n_values": 13}, "n_values=13 belongs to adapter='tinylora', but adapter is 'full'"),
-        ({"n_tie": "most"}, "n_tie must be an integer or 'all', got 'most'"),
-        ({"adapter": "dora"}, "got 'dora'"),
-        ({"adapter": "full", "kept_dtype": "float16"}, "belongs to adapter='tinylora', but adapter is 'full'"),
-        ({"kept_dtype": "int8"}, "kept_dtype must be one of .*, got 'int8'"),
-    ],
-)
-def test_contradictory_adapter_arguments_are_refused(chosen, message):
-    with pytest.raises(ValueError, match=message):
-        AdapterArguments(**chosen)
-
-
-@pytest.mark.parametrize("adapter", ["tinylora", "full"])
-@pytest.mark.parametrize("lora", [{"lora_r": 1}, {"lora_target_modules": ["all-linear"]}, {"use_peft": True}])
-def test_arguments_of_lora_are_refused_elsewhere_before_a_model_is_touched(adapter, lora):
-    (name,) = lora
-    with pytest.raises(ValueError, match=f"{name}=.* belongs to adapter='lora', but adapter is '{adapter}'"):
-        build_peft_config(AdapterArguments(adapter=adapter), trl.ModelConfig("no/such-model", **lora))
-
-
-def test_each_adapter_gives_its_peft_config():
-    model = trl.ModelConfig("no/such-model", lora_r=1, lora_target_modules=["all-linear"])
-    lora = build_peft_config(AdapterArguments(adapter="lora"), model)
-    assert isinstance(lora, LoraConfig) and lora.r == 1 and lora.target_modules == "all-linear"
-    assert build_peft_config(AdapterArguments(adapter="full"), trl.ModelConfig("no/such-model")) is None
-    tiny = build_peft_config(AdapterArguments(n_tie="4", projection_seed=7), trl.ModelConfig("no/such-model"))
-    assert isinstance(tiny, TinyLoraConfig) and (tiny.n_tie, tiny.projection_seed) == (4, 7)
-    assert tiny.u == TinyLoraConfig().u, "what is not given keeps the tuner's default"
-
-
-def test_a_run_is_never_written_over(tmp_path):
-    _, training_args, *_ = parse("sft", tmp_path)
-    assert resume_point(training_args) is None
-    (tmp_path / "checkpoint-10").mkdir()
-    with pytest.raises(FileExistsError, match="interrupted run.*--resume_from_checkpoint true"):
-        resume_point(training_args)
-    (tmp_path / "adapter_config.json").touch()
-    with pytest.raises(FileExistsError, match="a finished run: choose another --output_dir"):
-        resume_point(training_args)
-    training_args.resume_from_checkpoint = "true"
-    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
-        resume_point(training_args)
-    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text("{}")
-    # Written before it, but not to the end.
-    (tmp_path / "checkpoint-20").mkdir()
-    (tmp_path / "checkpoint-20" / "trainer_state.json").write_text('{"step')
-    assert resume_point(training_args) == str(tmp_path / "checkpoint-10")
-    training_args.resume_from_checkpoint = str(tmp_path / "checkpoint-20")
-    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
-        resume_point(training_args)
-    training_args.resume_from_checkpoint = str(tmp_path / "checkpoint-11")
-    with pytest.raises(FileNotFoundError, match="checkpoint-11"):
-        resume_point(training_args)
-
-
-def test_resuming_without_a_checkpoint_is_refused(tmp_path):
-    _, training_args, *_ = parse("sft", tmp_path, resume_from_checkpoint=True)
-    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
-        resume_point(training_args)
-
-
 # Training and evaluation on the toy's base
 
 
@@ -168,14 +100,14 @@ def test_training_saves_an_adapter_that_evaluates_as_the_trained_model(name, tmp
             value.add_(3.0)
     trainer.save_model()
     rows = gsm8k.load_rows(str(TOY / "data"), "test", limit=4)
-    arguments = evaluate.GenerationArguments(samples=2, max_new_tokens=12)
+    arguments = GenerationArguments(samples=2, max_new_tokens=12)
     lines = [tmp_path / f"{kind}.jsonl" for kind in ("trained", "loaded", "untrained")]
-    expected = evaluate.evaluate(trainer.model, trainer.processing_class, rows, arguments, lines[0])
+    expected = evaluate(trainer.model, trainer.processing_class, rows, arguments, lines[0])
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(TOY / "base"), tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    assert evaluate.evaluate(model, tokenizer, rows, arguments, lines[1]) == expected
+    assert evaluate(model, tokenizer, rows, arguments, lines[1]) == expected
     assert lines[1].read_text() == lines[0].read_text()
-    evaluate.evaluate(*base, rows, arguments, lines[2])
+    evaluate(*base, rows, arguments, lines[2])
     assert lines[2].read_text() != lines[0].read_text()
 
     with pytest.raises(FileExistsError, match="finished run"):

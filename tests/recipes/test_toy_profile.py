@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import toy_profile
+from benchmarks import toy_profile
 
 
 def stack(*calls):
@@ -26,7 +26,7 @@ GENERATION = ("transformers.generation.utils", "generate")
 @pytest.mark.parametrize(
     ("calls", "found"),
     [
-        ([("execution", "do"), TRAINING, BACKWARD], "backward"),
+        ([("comparison.runs", "run"), TRAINING, BACKWARD], "backward"),
         ([TRAINING, GENERATION, ("torch.nn.modules.module", "forward")], "generation"),
         ([TRAINING, BACKWARD, ("importlib._bootstrap", "_find_and_load")], "imports"),
         ([TRAINING, ("elsewhere", "backward")], "rest"),
@@ -37,7 +37,7 @@ def test_a_look_is_put_down_to_the_innermost_part_that_has_a_name(calls, found):
 
 
 def test_generation_of_an_evaluation_is_not_that_of_training():
-    assert toy_profile.place(stack(("evaluate", "evaluate"), GENERATION)) == ("evaluation", "generation")
+    assert toy_profile.place(stack(("evaluation.run", "evaluate"), GENERATION)) == ("evaluation", "generation")
     assert toy_profile.place(stack(GENERATION)) == ("set-up", "generation")
 
 

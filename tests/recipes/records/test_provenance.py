@@ -2,7 +2,7 @@
 
 import subprocess
 
-import provenance
+from records import provenance
 
 
 def test_results_not_yet_committed_do_not_count_as_changes_but_other_files_do(tmp_path, monkeypatch):
