@@ -35,9 +35,7 @@ test: $(INSTALLED)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-distributed: $(INSTALLED)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow tests/distributed
-	PYTHONPATH=recipes:tests $(BIN)/python tests/distributed/matrix.py --output tests/distributed/matrix.json \
-		--update_readme docs/launchers.md
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -v -m slow tests/distributed
 
 bench: $(INSTALLED)
 	for name in $(BENCHMARKS); do \
@@ -53,8 +51,7 @@ results: $(INSTALLED)
 	$(BIN)/python recipes/benchmarks/harness.py --update_docs docs/benchmarks.md --update_readme README.md
 	$(BIN)/python recipes/memory.py --update_readme docs/launchers.md
 	$(BIN)/python recipes/published.py
-	PYTHONPATH=recipes:tests $(BIN)/python tests/distributed/matrix.py --output tests/distributed/matrix.json \
-		--report_only --update_readme docs/launchers.md
+	$(BIN)/python recipes/launchers.py --update_readme docs/launchers.md
 	$(BIN)/python docs/tree.py
 
 quality: $(INSTALLED)
