@@ -1,13 +1,15 @@
-"""The generated tables: memory by model size in docs/launchers.md, the paper's numbers in the recipes' READMEs.
+"""The generated tables: memory by model size and the launchers' matrix in docs/launchers.md, the paper's numbers in the recipes' READMEs.
 
 python recipes/tables.py           # renews what is not current
 python recipes/tables.py --check   # changes nothing; fails if one is not current
 """
 
 import argparse
+import json
 from pathlib import Path
 
 from paper import memory, published
+from records import launchers
 from records.files import replace_section, write_text
 
 
@@ -24,7 +26,9 @@ def documents() -> dict[Path, str]:
         ValueError: If a marker is missing.
     """
     path = RECIPES.parent / "docs" / "launchers.md"
-    renewed = {path: replace_section(path.read_text(encoding="utf-8"), "memory", memory.table())}
+    page = replace_section(path.read_text(encoding="utf-8"), "memory", memory.table())
+    matrix = json.loads(launchers.RECORD.read_text(encoding="utf-8"))
+    renewed = {path: replace_section(page, "distributed", launchers.table(matrix))}
     numbers = published.read()
     for recipe in sorted({entry["recipe"] for entry in numbers["tables"]}):
         renewed[RECIPES / recipe / "README.md"] = published.renewed(recipe, numbers)

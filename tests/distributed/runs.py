@@ -135,12 +135,17 @@ def launch_recipe(mode, script, base, data, output_dir, **overrides):
 
 
 def run_cases(mode, cases, base, rows, folder, timeout=600):
-    """Runs cases in one launch; returns what each rank found, by case name. Raises with the output if one failed."""
+    """
+    Runs cases in one launch; returns what each rank found, by case name.
+
+    Raises AssertionError with the output where a case failed, or a launch ended well whose last case had to fail.
+    """
     found, completed = try_cases(mode, cases, base, rows, folder, timeout)
     for case in cases:
         errors = [rank["error"] for rank in found.get(case["name"], []) if "error" in rank]
-        if errors or case["name"] not in found:
+        if bool(errors) != case.get("fails", False) or case["name"] not in found:
             raise AssertionError(f"{mode} {case['name']}: {errors or 'no result'}\n{completed.stdout[-6000:]}")
+    assert completed.returncode != 0 or not cases[-1].get("fails"), completed.stdout[-6000:]
     return found
 
 

@@ -22,7 +22,6 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-import trl_tinylora.tuner.steps
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from datasets import Dataset
@@ -41,11 +40,12 @@ import trl_tinylora.tuner.model
 from trl_tinylora import TinyLoraConfig
 from trl_tinylora.distributed import gathered, whole
 from trl_tinylora.maths.decomposition import mix
-from trl_tinylora.tuner.bank import Vectors
+from trl_tinylora.tuner.build import compute_factors
 from trl_tinylora.tuner.layer import Linear
+from trl_tinylora.tuner.values import Vectors
 
 
-STEPS = 20
+STEPS = 8
 # Rows of a step, over all processes and accumulated micro-batches; GRPO: two groups of four completions.
 ROWS = 8
 GROUP = 4
@@ -114,7 +114,7 @@ def make_trainer(case, base, rows, output_dir):
         model_init_kwargs=model_init_kwargs,
     )
     if "given" in case:
-        # A saved adapter, loaded onto the base as this mode spreads it: TRL keeps a copy of it as the reference.
+        # A saved adapter, loaded onto the base as this mode shards it: TRL keeps a copy of it as the reference.
         model = AutoModelForCausalLM.from_pretrained(base, **model_init_kwargs)
         base = PeftModel.from_pretrained(model, case["given"], is_trainable=True)
         peft_config = config.model_init_kwargs = None
@@ -131,12 +131,8 @@ def make_trainer(case, base, rows, output_dir):
 def plain_autograd():
     """Control: the tied values used in every layer, gradients by autograd alone."""
 
-    def before_base(layer, x):
-        places = (layer.place(name) for name in layer.active_adapters)
-        return x, [(x, *place) for place in places if place is not None]
-
-    def after_base(layer, result, updates):
-        for x, vectors, index in updates:
+    def add_updates(layer, result, x):
+        for vectors, index in filter(None, map(layer.place, layer.active_adapters)):
             left_OR, right_RI = layer.factors_of(vectors.plan)
             one = slice(index, index + 1)
             mixing_RR = mix(vectors.values_GK, vectors.plan.groups_M[one], vectors.plan.projections_MKRR[one])[0]
@@ -144,19 +140,18 @@ def plain_autograd():
         return result
 
     stack = contextlib.ExitStack()
-    stack.enter_context(mock.patch.object(Linear, "_before_base", before_base))
-    stack.enter_context(mock.patch.object(Linear, "_after_base", after_base))
-    stack.enter_context(mock.patch.object(Vectors, "forward", lambda vectors, hidden: hidden))
+    stack.enter_context(mock.patch.object(Linear, "_add_updates", add_updates))
+    stack.enter_context(mock.patch.object(Vectors, "begin_pass", lambda vectors, hidden: hidden))
     return stack
 
 
 def no_gather():
     """Control: weights are decomposed without being gathered."""
-    return mock.patch.object(trl_tinylora.tuner.model, "gathered", lambda parameters: contextlib.nullcontext())
+    return mock.patch.object(trl_tinylora.tuner.build, "gathered", lambda parameters: contextlib.nullcontext())
 
 
 def lost_gradient():
-    """Control: what the second process's rows say is lost."""
+    """Control: the gradient of the second process's rows is lost."""
 
     def collect(vectors, collect=Vectors.collect):
         return collect(vectors) * (1 - dist.get_rank())
@@ -208,12 +203,12 @@ CONTROLS = {
 
 @contextlib.contextmanager
 def whole_weights_while_building(most):
-    """Appends to `most` how many of the model's spread weights were whole whenever singular vectors were taken."""
+    """Appends to `most` how many of the model's sharded weights were whole whenever singular vectors were taken."""
     models, compute, decompose = [], trl_tinylora.tuner.model.compute_factors, trl_tinylora.tuner.build.truncated_svd
 
-    def computing(model, names, rank):
+    def computing(model, *args):
         models.append(model)
-        return compute(model, names, rank)
+        return compute(model, *args)
 
     def decomposing(weight, rank):
         most.append(sum(hasattr(p, "ds_shape") and p.shape == p.ds_shape for p in models[-1].parameters()))
@@ -288,17 +283,17 @@ def killed_while_writing(file_name, occurrence):
 
 
 def build_seconds(model, base, turns):
-    """Seconds to find the factors of the model as this mode spreads it, and of the same model whole, in turns."""
+    """Seconds to find the factors of the model as this mode shards it, and of the same model whole, in turns."""
     names = [module.name for module in model.modules() if isinstance(module, Linear)]
     # No rank that the layers hold already.
     rank = 3
     plain = Qwen2ForCausalLM(Qwen2Config.from_pretrained(base))
     plain.load_state_dict(load_file(Path(base) / "model.safetensors"), strict=False)
-    found = {"spread": [], "whole": []}
+    found = {"sharded": [], "whole": []}
     for _ in range(turns):
-        for kind, given in (("whole", plain), ("spread", model.get_base_model())):
+        for kind, given in (("whole", plain), ("sharded", model.get_base_model())):
             started = time.perf_counter()
-            trl_tinylora.tuner.model.compute_factors(given, names, rank)
+            compute_factors(given, None, names, rank)
             found[kind].append(time.perf_counter() - started)
     return found
 
@@ -352,9 +347,6 @@ def observe(case, base, rows, output_dir):
     dtypes, whole_weights = set(), []
     with contextlib.ExitStack() as stack:
         stack.enter_context(CONTROLS[case.get("control")]())
-        if case.get("large"):
-            # The model is tiny; its modules are taken for large ones.
-            stack.enter_context(mock.patch.object(trl_tinylora.tuner.steps, "LARGE", 1))
         if case["mode"] == "fsdp2":
             stack.enter_context(fsdp_without_a_gpu())
         if case.get("arguments", {}).get("fp16"):
@@ -393,7 +385,7 @@ def observe(case, base, rows, output_dir):
         "reentrant_backwards": len(reentrant),
         "factors": factors,
         "most_whole_weights_while_building": max(whole_weights),
-        "spread_parameters": sum(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters()),
+        "sharded_parameters": sum(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters()),
         "processes": dist.get_world_size() if dist.is_initialized() else 1,
         "engine": type(trainer.model_wrapped).__name__,
         "zero_stage": getattr(trainer.accelerator.state.deepspeed_plugin, "zero_stage", None),
@@ -421,18 +413,17 @@ def main():
     parser.add_argument("--job", type=Path, required=True, help="JSON: base, rows, cases, output_dir")
     job = json.loads(parser.parse_args().job.read_text())
     output_dir = Path(job["output_dir"])
-    failed = False
     for case in job["cases"]:
         try:
-            found = observe(case, job["base"], job["rows"], output_dir)
+            found = observe(case, case.get("base", job["base"]), job["rows"], output_dir)
         except Exception as error:
-            failed = True
             found = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        found["ended"] = time.time()
         rank = int(os.environ.get("RANK", 0))
         (output_dir / f"{case['name']}.{rank}.json").write_text(json.dumps(found))
         print(f"[{rank}] {case['name']}: {found.get('error', 'done')}", flush=True)
-        if failed:
-            # After an error the processes need not be in step any more.
+        # After an error the processes need not be in step any more, unless it strikes all of them at the same point.
+        if "error" in found and not case.get("fails_together"):
             sys.exit(1)
         forget_the_last_case()
 
