@@ -1,4 +1,4 @@
-"""The generated tables: memory by model size and the launchers' matrix in docs/launchers.md, the paper's numbers in the recipes' READMEs.
+"""The generated tables: memory and the launchers' matrix in docs/launchers.md, the paper's numbers in the recipes.
 
 python recipes/tables.py           # renews what is not current
 python recipes/tables.py --check   # changes nothing; fails if one is not current

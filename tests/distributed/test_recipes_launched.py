@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from arguments import refuse_miscounted_processes
+from training.launch import refuse_miscounted_processes
 from cases import TOLERANCE
 from runs import launch_recipe
 from tiny import write_split

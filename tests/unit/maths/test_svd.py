@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from harness import peak_bytes
+from benchmarks.harness import peak_bytes
 
 from trl_tinylora.maths import svd
 from trl_tinylora.maths.svd import RESIDUAL_TOLERANCE, truncated_svd

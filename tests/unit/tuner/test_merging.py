@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from merge import measure_held
+from benchmarks.merge import measure_held
 from peft import LoraConfig, get_peft_model
 from tiny import layers_of
 from torch import nn
