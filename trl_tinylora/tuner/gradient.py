@@ -20,7 +20,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Optional
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 
@@ -91,27 +90,28 @@ class AddUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, result, x, left_OR, right_RI, mixing_RR, add_gradient):
         with without_autocast(x):
-            hidden_TR = F.linear(_flat(x), right_RI)
+            hidden_RT = right_RI @ _columns(x)
             mixing_RR = mixing_RR.to(x.device, torch.promote_types(x.dtype, mixing_RR.dtype))
-            mixed_TR = F.linear(hidden_TR.to(mixing_RR.dtype), mixing_RR).to(x.dtype)
-            ctx.save_for_backward(hidden_TR)
+            mixed_RT = (mixing_RR @ hidden_RT.to(mixing_RR.dtype)).to(x.dtype)
+            ctx.save_for_backward(hidden_RT)
             ctx.factors, ctx.add_gradient, ctx.x_shape = (left_OR, right_RI, mixing_RR), add_gradient, x.shape
             if result.dtype == x.dtype:
                 # One pass over the output, and one rounding.
-                return torch.addmm(_flat(result), mixed_TR, left_OR.mT).view(result.shape)
-            return result + F.linear(mixed_TR, left_OR).view(result.shape).to(result.dtype)
+                return torch.addmm(_columns(result).mT, mixed_RT.mT, left_OR.mT).view(result.shape)
+            return result + (mixed_RT.mT @ left_OR.mT).view(result.shape).to(result.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        (hidden_TR,), (left_OR, right_RI, mixing_RR) = ctx.saved_tensors, ctx.factors
+        (hidden_RT,), (left_OR, right_RI, mixing_RR) = ctx.saved_tensors, ctx.factors
         grad_x = None
         with without_autocast(grad):
-            grad_mixed_TR = (_flat(grad).to(left_OR.dtype) @ left_OR).to(mixing_RR.dtype)
+            grad_mixed_RT = (left_OR.mT @ _columns(grad).to(left_OR.dtype)).to(mixing_RR.dtype)
             if ctx.add_gradient is not None:
-                ctx.add_gradient(grad_mixed_TR.mT @ hidden_TR.to(mixing_RR.dtype))
+                ctx.add_gradient(grad_mixed_RT @ hidden_RT.mT.to(mixing_RR.dtype))
             if ctx.needs_input_grad[1]:
-                grad_x = ((grad_mixed_TR @ mixing_RR).to(right_RI.dtype) @ right_RI).view(ctx.x_shape)
+                grad_hidden_RT = (mixing_RR.mT @ grad_mixed_RT).to(right_RI.dtype)
+                grad_x = (grad_hidden_RT.mT @ right_RI).view(ctx.x_shape)
         return grad, grad_x, None, None, None, None
 
 
@@ -129,5 +129,6 @@ def without_autocast(like: torch.Tensor) -> AbstractContextManager:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def _flat(hidden: torch.Tensor) -> torch.Tensor:
-    return hidden.reshape(-1, hidden.shape[-1])
+def _columns(hidden: torch.Tensor) -> torch.Tensor:
+    """Hidden states of tokens as the columns of a matrix, as the equations have them."""
+    return hidden.reshape(-1, hidden.shape[-1]).mT
