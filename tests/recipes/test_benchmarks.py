@@ -16,7 +16,7 @@ from records.files import replace_section
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
-    build: "--hidden 280 --intermediate 320 --key_values 270 --layers 1 --angles 270",
+    build: "--hidden 280 --intermediate 320 --key_values 270 --layers 1 --depths 1 --angles 270",
     merge: "--size 64 --values 0.01 0.1 --repeats 1 --drift_size 16 --cycles 20 --our_cycles 20",
     growth: "--hidden 64 --layers 1 --tokens 8 --repeats 1 --sizes_layers 1 2 3 --sizes_rank 1 2 4 --sizes_u 1 2 4 "
     "--sizes_adapters 1 2 4 --sizes_tokens 4 8 16",

@@ -49,24 +49,6 @@ class Factors(NamedTuple):
     uncertainty: float
 
 
-class Triplets(NamedTuple):
-    """
-    The leading singular triplets of a weight, dtype float64, on its device.
-
-    Args:
-        left_OR (`torch.Tensor`): U, orthonormal columns, shape `(out_features, r)`.
-        sigma (`torch.Tensor`): S and an estimate of the next singular value, shape `(r + 1,)`.
-        right_RI (`torch.Tensor`): V^T, orthonormal rows, shape `(r, in_features)`.
-        residual (`float`): The largest `||W^T u - s v||` over the largest singular value, computed from these very
-            vectors; `W v = s u` holds up to rounding.
-    """
-
-    left_OR: torch.Tensor
-    sigma: torch.Tensor
-    right_RI: torch.Tensor
-    residual: float
-
-
 @torch.no_grad()
 def truncated_svd(weight_OI: torch.Tensor, rank: int) -> Factors:
     """
@@ -109,22 +91,25 @@ def truncated_svd(weight_OI: torch.Tensor, rank: int) -> Factors:
 
 
 @torch.no_grad()
-def leading_triplets(weight_OI: torch.Tensor, rank: int, tolerance: float = RESIDUAL_TOLERANCE) -> Optional[Triplets]:
+def leading_triplets(
+    weight_OI: torch.Tensor, rank: int
+) -> Optional[tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]]:
     """
-    Returns the leading singular triplets of a weight by block Lanczos, or None where they are not found.
+    Returns the leading singular triplets of a weight by block Lanczos, or None where [`MAX_PRODUCTS`] do not find them.
 
     Args:
         weight_OI (`torch.Tensor`): Finite entries, shape `(out_features, in_features)`, any float dtype.
         rank (`int`): Number of triplets, a small part of either dimension.
-        tolerance (`float`, *optional*): Bound on the residual of [`Triplets`], at least 1e-8.
 
     Returns:
-        [`Triplets`], or `None` if the residual is not below the tolerance after [`MAX_PRODUCTS`] products.
+        U, S and an estimate of the next singular value, V^T: float64, shapes `(out_features, r)`, `(r + 1,)` and
+        `(r, in_features)`; and the residual, at most [`RESIDUAL_TOLERANCE`], computed from these very vectors: the
+        largest `||W^T u - s v||` over the largest singular value, where `W v = s u` holds up to rounding.
     """
     # The transpose of a transposed view, so that rows are contiguous.
     is_transposed = weight_OI.stride(0) < weight_OI.stride(1)
     matrix_PQ = weight_OI.T if is_transposed else weight_OI
-    found = _leading_eigenvectors(matrix_PQ, rank, tolerance / 2)
+    found = _leading_eigenvectors(matrix_PQ, rank)
     if found is None:
         return None
     right_RQ, sigma = found
@@ -135,10 +120,10 @@ def leading_triplets(weight_OI: torch.Tensor, rank: int, tolerance: float = RESI
     pairs = zip(left_PR.split(rows_of_piece), _float64_pieces(matrix_PQ), strict=True)
     error_RQ = sum(left.T @ piece for left, piece in pairs) - sigma[:rank, None] * right_RQ
     residual = torch.linalg.vector_norm(error_RQ, dim=1).max().item()
-    if not residual <= tolerance * sigma[0].item():
+    if not residual <= RESIDUAL_TOLERANCE * sigma[0].item():
         return None
     left_OR, right_RI = (right_RQ.T, left_PR.T) if is_transposed else (left_PR, right_RQ)
-    return Triplets(left_OR, sigma, right_RI, residual / max(sigma[0].item(), torch.finfo(torch.float64).tiny))
+    return left_OR, sigma, right_RI, residual / max(sigma[0].item(), torch.finfo(torch.float64).tiny)
 
 
 def in_pieces(weight_OI: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -169,16 +154,15 @@ def rounding_error(weight_OI: torch.Tensor, largest: float) -> float:
     return BFLOAT16_ROUNDING * root_mean_square + RESIDUAL_ELSEWHERE * largest
 
 
-def _leading_eigenvectors(
-    matrix_PQ: torch.Tensor, rank: int, tolerance: float
-) -> Optional[tuple[torch.Tensor, torch.Tensor]]:
+def _leading_eigenvectors(matrix_PQ: torch.Tensor, rank: int) -> Optional[tuple[torch.Tensor, torch.Tensor]]:
     """The leading eigenvectors of the Gram matrix in rows, and roots of one eigenvalue more; None if not found."""
-    # A single vector could not tell that two share a singular value.
-    width, size, device = max(rank, 2), _basis_size(rank), matrix_PQ.device
-    basis_NQ = torch.empty(size, matrix_PQ.shape[1], dtype=torch.float64, device=device)
+    # A single vector could not tell that two share a singular value. A basis of 96 takes hardly fewer products than 24.
+    width, size, tolerance = max(rank, 2), max(24, 6 * rank), RESIDUAL_TOLERANCE / 2
+    basis_NQ = matrix_PQ.new_empty(size, matrix_PQ.shape[1], dtype=torch.float64)
     products_NQ = torch.empty_like(basis_NQ)
-    random_BQ = torch.randn(width, matrix_PQ.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    block_BQ, count = _orthonormal(random_BQ.to(device), basis_NQ[:0]), 0
+    generator = torch.Generator().manual_seed(0)
+    block_BQ = torch.randn(width, matrix_PQ.shape[1], generator=generator, dtype=torch.float64)
+    block_BQ, count = _orthonormal(block_BQ.to(matrix_PQ.device), basis_NQ[:0]), 0
     for _ in range(MAX_PRODUCTS):
         basis_NQ[count : count + width] = block_BQ
         products_NQ[count : count + width] = _gram_product(matrix_PQ, block_BQ)
@@ -187,7 +171,7 @@ def _leading_eigenvectors(
         if not projected_NN.isfinite().all():
             return None
         eigenvalues, vectors = torch.linalg.eigh((projected_NN + projected_NN.T) / 2)
-        eigenvalues, rotation_NN = eigenvalues.flip(0).to(device), vectors.flip(1).T.to(device)
+        eigenvalues, rotation_NN = eigenvalues.flip(0).to(basis_NQ.device), vectors.flip(1).T.to(basis_NQ.device)
         ritz_BQ = rotation_NN[:width] @ basis_NQ[:count]
         residual_BQ = rotation_NN[:width] @ products_NQ[:count] - eigenvalues[:width, None] * ritz_BQ
         # Zero is all that is known of a next value before there are as many vectors.
@@ -204,11 +188,6 @@ def _leading_eigenvectors(
             count = kept
         block_BQ = _orthonormal(residual_BQ, basis_NQ[:count])
     return None
-
-
-def _basis_size(rank: int) -> int:
-    """Vectors of the basis: with fewer a restart throws away what then has to be found again."""
-    return max(24, 6 * rank)
 
 
 def _gram_product(matrix_PQ: torch.Tensor, block_BQ: torch.Tensor) -> torch.Tensor:
