@@ -19,7 +19,7 @@ _SCIENTIFIC = re.compile(r"(?<![A-Za-z])(\d)[eE]([-+]?\d+)\b")
 
 
 def texts_of(completions: list[Any]) -> list[str]:
-    """What the model wrote, of completions as TRL hands them to a reward: texts, or conversations that end in its turn."""
+    """What the model wrote, of completions as TRL gives them to a reward: texts, or chats that end in its turn."""
     return [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
 
 

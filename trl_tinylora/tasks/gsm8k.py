@@ -1,7 +1,7 @@
 """GSM8K (Cobbe et al., arXiv:2110.14168): prompt, gold answer, grading, reward and loading.
 
-RL, SFT and evaluation, on the real data and on the toy (`recipes/toy`), all go through this module: the training
-reward and the strict evaluation are the same function, and every arm sees the same prompt.
+RL, SFT and evaluation, on the real data and on the toy (`recipes/toy`), all use this module: the training reward and
+the strict evaluation are the same function, and every arm sees the same prompt.
 
 One row, as OpenAI published it:
 

@@ -21,6 +21,7 @@ Suffix N: entries of a weight that are read.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import TYPE_CHECKING, NamedTuple, Optional
 
@@ -131,19 +132,14 @@ def sampling_fidelity(
     """
     if entries < 1:
         raise ValueError(f"`entries` must be at least 1, got {entries}.")
-    mixings: dict[Vectors, torch.Tensor] = {}
+    # Once for all modules: under ZeRO-3 the values have to be gathered.
+    mixings = functools.cache(Vectors.mixings)
     found: dict[str, _Sums] = {}
-    for layer in model.modules():
-        if not isinstance(layer, Linear):
-            continue
+    for layer in filter(lambda module: isinstance(module, Linear), model.modules()):
         names = layer.active_adapters if adapter_name is None else [adapter_name]
         places = [place for name in names if (place := layer.place(name)) is not None]
-        for vectors, _ in places:
-            # Once for all modules: under ZeRO-3 the values have to be gathered.
-            if vectors not in mixings:
-                mixings[vectors] = vectors.mixings()
         if places:
-            updates = [(*layer.factors_of(vectors.plan), mixings[vectors][index]) for vectors, index in places]
+            updates = [(*layer.factors_of(vectors.plan), mixings(vectors)[index]) for vectors, index in places]
             found[layer.name] = _sums_of_layer(layer, updates, dtype, entries)
     if not found:
         raise ValueError(
@@ -233,13 +229,12 @@ class SamplingFidelityCallback(TrainerCallback):
         trainer (`transformers.Trainer`): The trainer that it is added to.
         dtype (`torch.dtype`, *optional*): What vLLM holds its weights in. By default what vLLM's `dtype="auto"` makes
             of the model's: bfloat16 of float32, and 16 bits as they are.
-        entries (`int`, *optional*, defaults to `16384`): How many entries of each weight are read.
 
     Raises:
         ValueError: If the trainer's model has no TinyLoRA adapter.
     """
 
-    def __init__(self, trainer: Trainer, dtype: Optional[torch.dtype] = None, entries: int = ENTRIES):
+    def __init__(self, trainer: Trainer, dtype: Optional[torch.dtype] = None):
         if not any(isinstance(module, Linear) for module in trainer.model.modules()):
             raise ValueError(
                 f"the model of this {type(trainer).__name__} has no TinyLoRA adapter, so that there is no update to "
@@ -247,12 +242,11 @@ class SamplingFidelityCallback(TrainerCallback):
             )
         self.trainer = trainer
         self.dtype = dtype
-        self.entries = entries
         self._was_base: list[bool] = []
 
     def on_train_begin(self, args, state, control, **kwargs):
-        # Reporters come before what a user adds, and write down what they are told when it is their turn. Not in the
-        # same list, which the trainer is going through.
+        # To the front: reporters come before what a user adds, and would report before the metrics are there. As a new
+        # list, for the trainer is iterating over this one.
         handler = self.trainer.callback_handler
         handler.callbacks = [self, *(callback for callback in handler.callbacks if callback is not self)]
 
@@ -260,7 +254,7 @@ class SamplingFidelityCallback(TrainerCallback):
         # Neither an evaluation nor the summary at the end.
         if "loss" not in logs:
             return
-        found = sampling_fidelity(model, dtype=self._dtype_of_sampler(model), entries=self.entries).total
+        found = sampling_fidelity(model, dtype=self._dtype_of_sampler(model)).total
         if found.share is None:
             return
         metrics = {SHARE_KEY: found.share, ULPS_KEY: found.ulps}
@@ -284,8 +278,8 @@ class SamplingFidelityCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self._was_base and self._was_base[-1]:
             warnings.warn(
-                f"To the end, at {sum(self._was_base)} of {len(self._was_base)} logged steps, vLLM sampled from what is "
-                "effectively the base model."
+                f"To the end, at {sum(self._was_base)} of {len(self._was_base)} logged steps, vLLM sampled from what "
+                "is effectively the base model."
             )
 
     def _dtype_of_sampler(self, model: nn.Module) -> Optional[torch.dtype]:
