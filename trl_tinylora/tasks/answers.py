@@ -29,8 +29,8 @@ def plain_minus(text: str) -> str:
 
 
 def digits(number: str) -> str:
-    """A number that [`NUMBER`] matched, without commas and "$"."""
-    return re.sub(r"[,$\\ ]", "", number)
+    """A number that [`NUMBER`] matched, without commas and "$"; the two signs of "-$-5" are one."""
+    return ("-" if "-" in number else "") + re.sub(r"[-,$\\ ]", "", number)
 
 
 def last_number(text: str, after: str = "") -> str | None:
