@@ -10,28 +10,30 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Optional
 
 import huggingface_hub
-import torch
 import transformers
 from huggingface_hub import snapshot_download
 from peft import PeftModel, PeftType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .config import TinyLoraConfig, TinyLoraPeftType
 from .convert.lora import DTYPES, export_lora, read_config
 from .convert.peft_tinylora import convert_peft_tinylora
 from .maths.tying import TYINGS, count_groups
+from .storage.checkpoint import read_tensors
 from .tuner.layer import Linear
 from .tuner.targets import resolve_target_modules, skeleton
 
 
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+# Tensors of more values are not listed.
+MOST_VALUES = 64
 # What wrong input raises here, in PEFT, in transformers and on the Hub. Anything else is a bug: its traceback is shown.
 EXPECTED = (ValueError, TypeError, KeyError, OSError, RuntimeError, SafetensorError)
 
@@ -69,29 +71,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    plan = commands.add_parser("plan", help="budgets for a model, from its configuration alone")
-    plan.add_argument("model", metavar="MODEL", help="folder or Hub id; no weights are read")
+    def command(run: Callable, help: str, **positional: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(run.__name__.removeprefix("_"), help=help)
+        added.set_defaults(run=run)
+        for name, what in positional.items():
+            added.add_argument(name, metavar=name.upper(), help=what)
+        return added
+
+    either = "folder or Hub id"
+    plan = command(_plan, "budgets for a model, from its configuration alone", model=f"{either}; no weights are read")
     plan.add_argument("--values", type=_count, nargs="+", metavar="N", help="numbers of trained values to plan for")
     plan.add_argument("--r", type=_count, default=2, help="rank of the frozen SVD (default 2)")
     plan.add_argument("--target_modules", nargs="+", metavar="NAME", help='names of modules (default "all-linear")')
-    plan.set_defaults(run=_plan)
-
-    inspect = commands.add_parser("inspect", help="what an adapter folder holds")
-    inspect.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id")
-    inspect.set_defaults(run=_inspect)
-
-    export = commands.add_parser("export", help="write an adapter (also one of PEFT's TINYLORA) as a plain LoRA")
-    export.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id")
-    export.add_argument("out", metavar="OUT", help="folder to write")
+    command(_inspect, "what an adapter folder holds", adapter=either)
+    about = "write an adapter (also one of PEFT's TINYLORA) as a plain LoRA"
+    export = command(_export, about, adapter=either, out="folder to write")
     export.add_argument("--base", metavar="MODEL", help="base model (default: the one that the adapter names)")
     export.add_argument("--dtype", choices=list(DTYPE_NAMES), default="float32", help="of the file (default float32)")
     export.add_argument("--overwrite", action="store_true", help="replace an adapter in OUT")
-    export.set_defaults(run=_export)
-
-    verify = commands.add_parser("verify", help="load an adapter on a base model")
-    verify.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id")
-    verify.add_argument("model", metavar="MODEL", help="folder or Hub id of the base model")
-    verify.set_defaults(run=_verify)
+    command(_verify, "load an adapter on a base model", adapter=either, model=f"{either} of the base model")
     return parser
 
 
@@ -141,36 +139,30 @@ def _inspect(options: argparse.Namespace) -> None:
     if fields.get("peft_type") == TinyLoraPeftType.TRL_TINYLORA.value:
         # Says which of the two files is damaged.
         TinyLoraConfig.from_pretrained(str(folder))
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-    n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    tensors = read_tensors(path)
+    n_bytes = sum(tensor.nbytes for tensor in tensors.values())
     print(f"type: {fields.get('peft_type')}")
     print(f"base model: {fields.get('base_model_name_or_path')}")
     print(f"file: {path.stat().st_size} bytes, {n_bytes} of them tensors")
     print(f"config: {', '.join(f'{name}={value!r}' for name, value in sorted(fields.items()) if value is not None)}")
     for name, tensor in sorted(tensors.items()):
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        print(f"{name}: {dtype}, shape {tuple(tensor.shape)}{_values_of(tensor)}")
-
-
-def _values_of(tensor: torch.Tensor, at_most: int = 64) -> str:
-    if tensor.numel() > at_most or not tensor.is_floating_point():
-        return ""
-    return f", values {' '.join(f'{value:.6g}' for value in tensor.flatten().tolist())}"
+        is_listed = tensor.is_floating_point() and tensor.numel() <= MOST_VALUES
+        values = f", values {' '.join(f'{value:.6g}' for value in tensor.flatten().tolist())}" if is_listed else ""
+        print(f"{name}: {str(tensor.dtype).removeprefix('torch.')}, shape {tuple(tensor.shape)}{values}")
 
 
 def _export(options: argparse.Namespace) -> None:
     folder = _adapter_folder(options.adapter)
     fields = read_config(folder)
-    written = {"dtype": DTYPE_NAMES[options.dtype], "overwrite": options.overwrite}
+    how = {"dtype": DTYPE_NAMES[options.dtype], "overwrite": options.overwrite}
     base = options.base or fields.get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{folder / CONFIG_NAME} names no base model. Name it with `--base`.")
     if fields.get("peft_type") == PeftType.TINYLORA.value:
-        convert_peft_tinylora(folder, options.out, model=AutoConfig.from_pretrained(base), **written)
+        convert_peft_tinylora(folder, options.out, model=AutoConfig.from_pretrained(base), **how)
     else:
         TinyLoraConfig.from_pretrained(str(folder))
-        export_lora(_load(folder, base), options.out, **written)
+        export_lora(_load(folder, base), options.out, **how)
     print(f"wrote {options.out}: {(Path(options.out) / SAFETENSORS_WEIGHTS_NAME).stat().st_size} bytes")
 
 

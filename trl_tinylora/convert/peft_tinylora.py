@@ -18,18 +18,13 @@ import torch
 from peft import PeftType
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from ..storage.checkpoint import PREFIX
+from ..storage.checkpoint import PREFIX, read_tensors
 from ..tuner.targets import skeleton
 from .lora import read_config, refuse_what_is_no_lora, write_lora
-
-
-VALUES = "base_model.tinylora_v."
 
 
 def convert_peft_tinylora(
@@ -49,8 +44,8 @@ def convert_peft_tinylora(
     `dtype` costs.
 
     PEFT seeds the P of a module with its place among the modules of the adapter that wrapped it *first*, also for
-    adapters that come later. Where a later adapter targets other modules and was saved without its P, PEFT alone does
-    not load what was trained; `earlier_adapters` brings it back.
+    adapters that come later. Where a later adapter targets other modules and was saved without its P, PEFT itself loads
+    it with another P than it was trained with; given `earlier_adapters`, this does not.
 
     Args:
         adapter_dir (`str` or `os.PathLike`): Folder that `save_pretrained` wrote.
@@ -70,7 +65,10 @@ def convert_peft_tinylora(
     folder = Path(adapter_dir)
     config = _config_of(folder)
     refuse_what_is_no_lora(config)
-    tensors = _tensors_of(folder)
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}: save the adapter with `save_pretrained` again.")
+    tensors = read_tensors(path)
     if model is None:
         if not config.base_model_name_or_path:
             raise ValueError(
@@ -87,10 +85,9 @@ def convert_peft_tinylora(
             f"{folder} adapts {len(saved)} modules, and on this base model its configuration means {len(places)}; "
             f"{stray[0]} is in one only. Pass the base model that the adapter was trained on as `model`."
         )
-    seeded_by: dict[str, int] = {}
-    for earlier in (*(_places(base, _config_of(Path(path))) for path in earlier_adapters), places):
-        for name, place in earlier.items():
-            seeded_by.setdefault(name, place)
+    seeded_by = dict(places)
+    for earlier in reversed(earlier_adapters):
+        seeded_by |= _places(base, _config_of(Path(earlier)))
 
     # The numbers of PEFT's `_create_and_replace`.
     n_groups = max(1, round(len(places) * (1.0 - config.weight_tying)))
@@ -102,8 +99,13 @@ def convert_peft_tinylora(
                 f"{name} is an embedding: a LoRA of one has other tensors, which vLLM and llama.cpp read for some "
                 "models only. Load the adapter with PEFT, and merge it into the weights."
             )
-        down_RI, up_OR = (_take(tensors, f"{PREFIX}{name}.tinylora_{part}", folder) for part in "AB")
-        values_K = _take(tensors, f"{VALUES}{min(place // group_size, n_groups - 1)}", folder)
+        try:
+            down_RI, up_OR = (tensors[f"{PREFIX}{name}.tinylora_{part}"] for part in "AB")
+            values_K = tensors[f"base_model.tinylora_v.{min(place // group_size, n_groups - 1)}"]
+        except KeyError as error:
+            raise ValueError(
+                f"{path} lacks {error.args[0]}. The file was altered, or belongs to another base model."
+            ) from error
         rank = down_RI.shape[0]
         key = f"{PREFIX}{name}.tinylora_P"
         projections_KRR = tensors[key] if key in tensors else _projections(config, seeded_by[name], rank)
@@ -113,16 +115,7 @@ def convert_peft_tinylora(
             nn.functional.pad(down_RI.float(), (0, 0, 0, padded)),
             nn.functional.pad(up_OR.float() @ mixing_RR, (0, padded)),
         )
-    write_lora(
-        save_directory,
-        factors,
-        config,
-        base,
-        base_name=config.base_model_name_or_path,
-        dtype=dtype,
-        overwrite=overwrite,
-        dropout=config.tinylora_dropout,
-    )
+    write_lora(save_directory, factors, config, base, dtype=dtype, overwrite=overwrite, dropout=config.tinylora_dropout)
 
 
 def _config_of(folder: Path) -> peft.TinyLoraConfig:
@@ -133,24 +126,6 @@ def _config_of(folder: Path) -> peft.TinyLoraConfig:
             "`export_lora`; others are not TinyLoRA."
         )
     return peft.TinyLoraConfig.from_pretrained(str(folder))
-
-
-def _tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    path = folder / SAFETENSORS_WEIGHTS_NAME
-    if not path.is_file():
-        raise ValueError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}: save the adapter with `save_pretrained` again.")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no complete safetensors file ({error}): copy it again.") from error
-
-
-def _take(tensors: dict[str, torch.Tensor], key: str, folder: Path) -> torch.Tensor:
-    if key not in tensors:
-        raise ValueError(
-            f"{folder / SAFETENSORS_WEIGHTS_NAME} lacks {key}. The file was altered, or belongs to another base model."
-        )
-    return tensors[key]
 
 
 def _places(base: nn.Module, config: peft.TinyLoraConfig) -> dict[str, int]:

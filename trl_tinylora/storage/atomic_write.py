@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whatever interrupts their writing."""
+"""Writing a file so that an interruption leaves the former one, never a part of the new one."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Union
 @contextmanager
 def written_whole(path: Union[str, os.PathLike]) -> Iterator[Path]:
     """
-    Gives a place to write a file to, and moves it to its own place once the context has ended well.
+    Gives a temporary path to write a file to, and moves the file to `path` unless the context ends with an error.
 
     Args:
-        path (`str` or `os.PathLike`): Where the file is to be; its folder is made where needed.
+        path (`str` or `os.PathLike`): Path of the file; its folder is made where needed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The part of a model card that says what an adapter is, and keeps what others wrote around it."""
+"""The part of a model card that says what an adapter is; what others wrote around it is kept."""
 
 from __future__ import annotations
 
@@ -27,14 +27,12 @@ def describe(fields: Mapping, values_GK: torch.Tensor) -> str:
     Returns:
         `str`: Markdown.
     """
-    count = values_GK.numel()
-    n_bytes, dtype = count * values_GK.element_size(), str(values_GK.dtype).removeprefix("torch.")
+    count, (groups, u) = values_GK.numel(), values_GK.shape
+    n_bytes, dtype = values_GK.nbytes, str(values_GK.dtype).removeprefix("torch.")
     base, fingerprint = fields["base_model_name_or_path"], fields["base_fingerprint"]
-    r, seed, n_tie, tying = (fields[name] for name in ("r", "projection_seed", "n_tie", "tying"))
     revision = f" (revision {fields['revision']})" if fields["revision"] else ""
     listed = "\n".join(" ".join(f"{value:.8g}" for value in row) for row in values_GK.float().tolist())
     shown = f"\n```\n{listed}\n```\n" if count <= MOST_VALUES else ""
-    folder = "this/folder/or/repository"
     return f"""## TinyLoRA
 
 {count} trained value{"s" if count > 1 else ""} ({n_bytes} bytes, {dtype}), by the method of "Learning to Reason in 13 \
@@ -42,45 +40,33 @@ Parameters" ([arXiv:2602.04118](https://arxiv.org/abs/2602.04118)): in each of {
 
     W' = W + U S (sum_k v_k P_k) V^T
 
-with U, S, V the truncated SVD of W at rank {fields["r"]}, P fixed matrices (seed {fields["projection_seed"]}) and v the \
-values: {values_GK.shape[0]} groups of {values_GK.shape[1]}, n_tie = {fields["n_tie"]}, {fields["tying"]}.
+with U, S, V the truncated SVD of W at rank {fields["r"]}, P fixed matrices (seed {fields["projection_seed"]}) and v \
+the values: {groups} groups of {u}, n_tie = {fields["n_tie"]}, {fields["tying"]}.
 {shown}
-Base model: {f"`{base}`" if base else "not named"}{revision}. `base_fingerprint` in adapter_config.json tells its \
+Base model: {f"`{base}`" if base else "not named"}{revision}. `base_fingerprint` in adapter_config.json identifies its \
 weights (modules {fingerprint["names"]}); another base is refused.
+
+Loading it takes the package trl-tinylora, which is on no package index: install it from a clone of its repository, \
+by `pip install -e .` there.
 
 ```python
 import trl_tinylora  # registers the adapter's type: without it, PEFT raises KeyError: 'TRL_TINYLORA'
 from peft import AutoPeftModelForCausalLM
 
-model = AutoPeftModelForCausalLM.from_pretrained("{folder}")
+model = AutoPeftModelForCausalLM.from_pretrained("this/folder/or/repository")
 ```
 
-`python -m trl_tinylora export {folder} lora` makes a plain LoRA of it, which loads without this package."""
+`python -m trl_tinylora export this/folder/or/repository lora` makes a plain LoRA of it, which loads without this \
+package."""
 
 
 def markers(name: str) -> tuple[str, str]:
-    """Returns the comments before and after a part of a Markdown document.
-
-    Args:
-        name (`str`): Name of the part.
-
-    Returns:
-        `tuple[str, str]`
-    """
+    """Returns the comments before and after a named part of a Markdown document."""
     return f"<!-- {name} -->", f"<!-- /{name} -->"
 
 
 def replaced_section(document: str, name: str, content: str) -> Optional[str]:
-    """Returns a document with the part between two markers renewed, or None where it lacks them.
-
-    Args:
-        document (`str`): Markdown.
-        name (`str`): Name of the part, as in [`markers`].
-        content (`str`): What goes between them.
-
-    Returns:
-        `str` or `None`
-    """
+    """Returns a Markdown document with new content between the [`markers`] of a part, or None where it lacks them."""
     opening, closing = markers(name)
     before, found, rest = document.partition(opening)
     if not found or closing not in rest:
@@ -90,10 +76,10 @@ def replaced_section(document: str, name: str, content: str) -> Optional[str]:
 
 def put_section(folder: str | os.PathLike, name: str, content: str) -> None:
     """
-    Writes a part of a folder's model card, in its former place if there was one and at the end otherwise.
+    Writes a part of a folder's model card: over its former content if there is any, at the end otherwise.
 
     Args:
-        folder (`str` or `os.PathLike`): The folder; a card that it has is kept around the part.
+        folder (`str` or `os.PathLike`): The folder; the rest of a card that it has is kept.
         name (`str`): Name of the part, in the comments around it.
         content (`str`): Markdown.
     """

@@ -9,7 +9,8 @@ from typing import NamedTuple, Optional
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from ..maths.basis import encode
 
@@ -31,9 +32,9 @@ class SavedAdapter(NamedTuple):
     Args:
         values_GK (`torch.Tensor` or `None`): v as it is in the file, shape `(groups, u)`; `None` on processes that have
             nothing to save.
-        base_fingerprint (`dict` or `None`): What tells the base model, see `fingerprint.py`.
+        base_fingerprint (`dict` or `None`): What identifies the base model, see `fingerprint.py`.
         singular_bases (`dict[str, str]`): Of modules whose singular vectors another machine or dtype could rotate, what
-            settles the rotation, see `maths/basis.py`.
+            fixes the rotation, see `maths/basis.py`.
         checkpoint_digest (`str` or `None`): [`digest`] of the values.
         folder (`str` or `None`): Where it was read; `None` where it is about to be written.
     """
@@ -45,23 +46,12 @@ class SavedAdapter(NamedTuple):
     folder: Optional[str] = None
 
     def fields(self) -> dict:
-        """Returns the fields for `adapter_config.json`.
-
-        Returns:
-            `dict`
-        """
+        """Returns the fields for `adapter_config.json`."""
         return {name: value for name, value in self._asdict().items() if name not in ("values_GK", "folder")}
 
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Returns what tells a flipped bit: the first 16 digits of a SHA-256 over names, dtypes, shapes and bytes.
-
-    Args:
-        tensors (`Mapping[str, torch.Tensor]`): Tensors by name.
-
-    Returns:
-        `str`
-    """
+    """Returns the first 16 digits of a SHA-256 over names, dtypes, shapes and bytes of some tensors."""
     found = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -71,27 +61,33 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def own_tensors(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns what of a checkpoint is this package's, under names without PEFT's prefix.
+    """
+    Returns a checkpoint's values, under [`VALUES`], and what earlier versions stored beside them, all without PREFIX.
 
     Args:
         state_dict (`Mapping[str, torch.Tensor]`): What a checkpoint holds, by name.
 
-    Returns:
-        `dict[str, torch.Tensor]`: The values under [`VALUES`], and what earlier versions stored.
+    Raises:
+        ValueError: If the values are missing or not finite.
     """
     named = {name.removeprefix(PREFIX): tensor for name, tensor in state_dict.items()}
-    return {name: tensor for name, tensor in named.items() if name.startswith((VALUES, FORMER_FACTORS))}
+    if VALUES not in named:
+        raise ValueError(
+            f"this is no TinyLoRA checkpoint: it lacks {VALUES!r} and holds {sorted(named)[:3]}. Load an adapter "
+            "that was saved with `peft_type` TRL_TINYLORA."
+        )
+    own = {name: tensor for name, tensor in named.items() if name.startswith((VALUES, FORMER_FACTORS))}
+    for name, tensor in own.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{int((~torch.isfinite(tensor)).sum())} of the checkpoint's {tensor.numel()} values are not finite "
+                f"({name}). The run diverged or the file is damaged: take an earlier checkpoint."
+            )
+    return own
 
 
 def former_bases(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Returns the `singular_bases` of a checkpoint that an earlier version wrote, with whole factors.
-
-    Args:
-        tensors (`Mapping[str, torch.Tensor]`): As [`own_tensors`] returns.
-
-    Returns:
-        `dict[str, str]`: Empty where it holds none.
-    """
+    """Returns the `singular_bases` that follow from the factors in the [`own_tensors`] of an earlier version."""
     return {
         name.removeprefix(FORMER_FACTORS).removesuffix(FORMER_RIGHT): encode(tensor)
         for name, tensor in tensors.items()
@@ -99,40 +95,8 @@ def former_bases(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     }
 
 
-def refuse_unfit_values(tensors: Mapping[str, torch.Tensor]) -> None:
-    """
-    Raises where tensors are not those of a TinyLoRA adapter.
-
-    Args:
-        tensors (`Mapping[str, torch.Tensor]`): What a checkpoint holds, by name.
-
-    Raises:
-        ValueError: If the values are missing or not finite.
-    """
-    if VALUES not in tensors:
-        raise ValueError(
-            f"this is no TinyLoRA checkpoint: it lacks {VALUES!r} and holds {sorted(tensors)[:3]}. Load an adapter "
-            "that was saved with `peft_type` TRL_TINYLORA."
-        )
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(
-                f"{int((~torch.isfinite(tensor)).sum())} of the checkpoint's {tensor.numel()} values are not finite "
-                f"({name}). The run diverged or the file is damaged: take an earlier checkpoint."
-            )
-
-
 def refuse_unfit_shape(stored: Sequence[int], shape: Sequence[int]) -> None:
-    """
-    Raises where a checkpoint is of another number of values.
-
-    Args:
-        stored (`Sequence[int]`): Shape of the values in the checkpoint.
-        shape (`Sequence[int]`): `(groups, u)` of the adapter that they are for.
-
-    Raises:
-        ValueError: If the two differ.
-    """
+    """Raises `ValueError` where the values in a checkpoint have another shape than the adapter's `(groups, u)`."""
     if tuple(stored) != tuple(shape):
         raise ValueError(
             f"the checkpoint holds values of shape {tuple(stored)}, this adapter has {tuple(shape)} (groups, u). The "
@@ -141,9 +105,20 @@ def refuse_unfit_shape(stored: Sequence[int], shape: Sequence[int]) -> None:
         )
 
 
+def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """Returns the tensors of a safetensors file, by name; `ValueError` where it is truncated or altered."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is no complete safetensors file ({error}; {os.path.getsize(path)} bytes). It was truncated or "
+            "altered: copy it again, or take an earlier checkpoint."
+        ) from error
+
+
 def read_folder(folder: str | os.PathLike, expected_digest: str | None = None) -> dict[str, torch.Tensor] | None:
     """
-    Reads this package's tensors of an adapter folder, and raises where they are damaged.
+    Returns this package's tensors of an adapter folder, see [`own_tensors`].
 
     Args:
         folder (`str` or `os.PathLike`): The folder.
@@ -164,17 +139,7 @@ def read_folder(folder: str | os.PathLike, expected_digest: str | None = None) -
                 "`safe_serialization=True` (the default) where it came from."
             )
         return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            own = {name for name in names if name.removeprefix(PREFIX).startswith((VALUES, FORMER_FACTORS))}
-            tensors = {name.removeprefix(PREFIX): file.get_tensor(name) for name in own or names[:3]}
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is no complete safetensors file ({error}; {os.path.getsize(path)} bytes). It was truncated or "
-            "altered: copy it again, or take an earlier checkpoint."
-        ) from error
-    refuse_unfit_values(tensors)
+    tensors = own_tensors(read_tensors(path))
     if expected_digest is not None and digest(tensors) != expected_digest:
         raise ValueError(
             f"{path} is not what was saved: its digest is {digest(tensors)}, adapter_config.json says "

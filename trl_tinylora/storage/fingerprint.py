@@ -1,5 +1,5 @@
 """
-What tells a base model: a few numbers for each adapted weight, that a change of dtype leaves and other weights change.
+What identifies a base model: a few numbers of each adapted weight, the same in another dtype and not for other weights.
 
 A probe of a weight W is `a^T W b / sqrt(out_features * in_features)`, with random signs a and b that follow from the
 module's name. A change E of the weight moves it by about the root mean square entry of E. So, in units of the root mean
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 from collections.abc import Mapping
 from typing import NamedTuple, Optional
 
@@ -21,7 +22,7 @@ from ..maths.decomposition import frozen_stream
 from ..maths.svd import BFLOAT16_ROUNDING, in_pieces
 
 
-# An adapter keeps at least this many numbers, so that the base of one with few modules is told as well.
+# An adapter keeps at least this many numbers, so that the base of one with few modules is identified as well.
 FEWEST_NUMBERS = 64
 # Of the root mean square over all probes, and of a single one: rounding to bfloat16 makes BFLOAT16_ROUNDING.
 TOLERANCE = 2.2 * BFLOAT16_ROUNDING
@@ -30,14 +31,7 @@ UNRELATED = 0.3
 
 
 class Probe(NamedTuple):
-    """
-    What is measured of one adapted weight.
-
-    Args:
-        shape (`tuple[int, int]`): `(out_features, in_features)`.
-        scale (`float`): Root mean square of the entries.
-        values (`tuple[float, ...]`): Its probes.
-    """
+    """Of one adapted weight: `(out_features, in_features)`, the root mean square of its entries, and its probes."""
 
     shape: tuple[int, int]
     scale: float
@@ -45,29 +39,15 @@ class Probe(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """
-    What else is known of an adapted weight once its factors are.
-
-    Args:
-        probe ([`Probe`]): Its part in a fingerprint.
-        basis (`str` or `None`): Where another machine or dtype could rotate its singular vectors, what settles the
-            rotation, see `maths/basis.py`.
-    """
+    """Of one adapted weight, beside its factors: its probe, and its entry in `singular_bases` where it needs one."""
 
     probe: Probe
     basis: Optional[str]
 
 
 def probes_needed(modules: int) -> int:
-    """Returns how many probes of each module are kept for an adapter of this many modules.
-
-    Args:
-        modules (`int`): Number of adapted modules.
-
-    Returns:
-        `int`
-    """
-    return max(-(-FEWEST_NUMBERS // modules), 1)
+    """Returns how many probes of each module an adapter of this many modules keeps."""
+    return math.ceil(FEWEST_NUMBERS / modules)
 
 
 def take_probe(name: str, weight_OI: torch.Tensor, count: int) -> Probe:
@@ -77,9 +57,6 @@ def take_probe(name: str, weight_OI: torch.Tensor, count: int) -> Probe:
         name (`str`): Name of the module in the base model.
         weight_OI (`torch.Tensor`): Its weight, shape `(out_features, in_features)`, any float dtype.
         count (`int`): How many; the cost is that of a product with so many columns.
-
-    Returns:
-        [`Probe`]
     """
     out_features, in_features = weight_OI.shape
     stream = frozen_stream(f"probe:{name}")
@@ -120,7 +97,7 @@ def fingerprint(probes: Mapping[str, Probe]) -> dict:
 
 def refuse_another_base(expected: Mapping, probes: Mapping[str, Probe]) -> None:
     """
-    Raises where the base differs from the one that an adapter was trained on by more than a change of dtype.
+    Verifies that a base is the one that an adapter was trained on, whatever its dtype.
 
     Args:
         expected (`Mapping`): The adapter's [`fingerprint`].

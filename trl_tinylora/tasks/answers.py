@@ -13,65 +13,34 @@ from typing import Any
 
 # A minus after a word, a digit or a bracket is a subtraction or a range ("48-24"), not a sign.
 NUMBER = r"((?:(?<![\w)])-)?(?:\\?\$ ?-?)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+))"
-_ANY_NUMBER = re.compile(NUMBER)
 # A brace after a backslash is a printed one: \{1, 2\} holds no group.
 _BRACES = re.compile(r"(\\boxed\s*\{)|\\.|([{}])", re.DOTALL)
 _SCIENTIFIC = re.compile(r"(?<![A-Za-z])(\d)[eE]([-+]?\d+)\b")
 
 
 def texts_of(completions: list[Any]) -> list[str]:
-    """What the model wrote, of texts and of conversations that end in its turn.
-
-    Args:
-        completions (`list[str]` or `list[list[dict[str, str]]]`): As TRL hands them to a reward function.
-    Returns:
-        `list[str]`: One text a completion.
-    """
+    """What the model wrote, of completions as TRL gives them to a reward: texts, or chats that end in its turn."""
     return [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
 
 
 def plain_minus(text: str) -> str:
-    """Writes the minus sign U+2212 as a hyphen.
-
-    Args:
-        text (`str`): Any text.
-    Returns:
-        `str`: The text.
-    """
+    """The text with the minus sign U+2212 written as a hyphen."""
     return text.replace("\u2212", "-")
 
 
 def digits(number: str) -> str:
-    """Drops the commas and "$" of a number that [`NUMBER`] matched.
-
-    Args:
-        number (`str`): The match.
-    Returns:
-        `str`: Plain digits with sign and decimals.
-    """
-    return re.sub(r"[,$\\ ]", "", number)
+    """A number that [`NUMBER`] matched, without commas and "$"; the two signs of "-$-5" are one."""
+    return ("-" if "-" in number else "") + re.sub(r"[-,$\\ ]", "", number)
 
 
-def last_number(text: str) -> str | None:
-    """The last number anywhere, or `None`.
-
-    Args:
-        text (`str`): What the model wrote.
-    Returns:
-        `str` or `None`: Plain digits with sign and decimals, as in "-1080.5".
-    """
-    numbers = _ANY_NUMBER.findall(plain_minus(text))
+def last_number(text: str, after: str = "") -> str | None:
+    """The last number behind a regular expression without groups, or `None`; plain digits as in "-1080.5"."""
+    numbers = re.findall(after + NUMBER, plain_minus(text))
     return digits(numbers[-1]) if numbers else None
 
 
 def last_box(text: str) -> str | None:
-    r"""What the last `\boxed{...}` that is closed and not empty holds, or `None`.
-
-    Args:
-        text (`str`): What the model wrote.
-    Returns:
-        `str` or `None`: The content as written, which may be LaTeX.
-    """
+    r"""What the last `\boxed{...}` that is closed and not empty holds, as written, or `None`."""
     open_groups, last_start, content = [], -1, None
     for match in _BRACES.finditer(text):
         if match[1]:
@@ -92,8 +61,6 @@ def is_equal(answer: str, gold: str) -> bool:
     Args:
         answer (`str`): What was found in the completion: a number or LaTeX, without a box.
         gold (`str`): The gold answer, without a box.
-    Returns:
-        `bool`
     Raises:
         ImportError: If math-verify is not installed.
     """

@@ -36,7 +36,7 @@ class Benchmark:
     has_folders: bool = False
 
 
-_ALL = (
+_TABLE = (
     # https://huggingface.co/datasets/openai/gsm8k; the rows' columns and counts were checked on the published files.
     Benchmark("gsm8k", "gsm8k", "openai/gsm8k", "test", "question", "answer", 1319, config="main"),
     # https://huggingface.co/datasets/HuggingFaceH4/MATH-500/blob/main/eval.yaml (config default, split test, input
@@ -75,16 +75,12 @@ _ALL = (
         has_folders=True,
     ),
 )
-BENCHMARKS = {benchmark.name: benchmark for benchmark in _ALL}
+BENCHMARKS = {benchmark.name: benchmark for benchmark in _TABLE}
 
 
 def get_benchmark(name: str) -> Benchmark:
-    """The benchmark of a name.
+    """The benchmark of this name in [`BENCHMARKS`].
 
-    Args:
-        name (`str`): A key of [`BENCHMARKS`].
-    Returns:
-        `Benchmark`
     Raises:
         ValueError: If there is none.
     """
@@ -94,11 +90,5 @@ def get_benchmark(name: str) -> Benchmark:
 
 
 def published_as(dataset_name: str) -> Benchmark | None:
-    """The benchmark that lies on the Hub under a name, or `None`.
-
-    Args:
-        dataset_name (`str`): As in "openai/gsm8k".
-    Returns:
-        `Benchmark` or `None`
-    """
-    return next((benchmark for benchmark in _ALL if benchmark.dataset_name == dataset_name), None)
+    """The benchmark whose data set has this name on the Hub (as in "openai/gsm8k"), or `None`."""
+    return next((benchmark for benchmark in _TABLE if benchmark.dataset_name == dataset_name), None)

@@ -1,7 +1,7 @@
 """GSM8K (Cobbe et al., arXiv:2110.14168): prompt, gold answer, grading, reward and loading.
 
-RL, SFT and evaluation, on the real data and on the toy (`recipes/toy`), all go through this module: the training
-reward and the strict evaluation are the same function, and every arm sees the same prompt.
+RL, SFT and evaluation, on the real data and on the toy (`recipes/toy`), all use this module: the training reward and
+the strict evaluation are the same function, and every arm sees the same prompt.
 
 One row, as OpenAI published it:
 
@@ -19,7 +19,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from .answers import NUMBER, digits, is_equal, last_box, last_number, plain_minus, texts_of
-from .rows import id_of, read_rows, text_in, to_prompts
+from .rows import id_of, read_rows, text_in
 
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 # https://github.com/volcengine/verl/blob/030a519ae51a9916b9debd99c6def5f4d83f991f/examples/data_preprocess/gsm8k.py
 INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
 
-_MARKED_NUMBER = re.compile(r"####[ \t]*" + NUMBER)
 _NUMBER_WITH_UNIT = re.compile(r"\s*" + NUMBER + r"(?:[^\d\\]|\\%)*")
 
 
@@ -73,8 +72,7 @@ def extract_strict(completion: str) -> str | None:
     Returns:
         `str` or `None`: Plain digits with sign and decimals, as in "-1080.5".
     """
-    numbers = _MARKED_NUMBER.findall(plain_minus(completion))
-    return digits(numbers[-1]) if numbers else None
+    return last_number(completion, after=r"####[ \t]*")
 
 
 def extract_flexible(completion: str) -> str | None:
@@ -132,13 +130,7 @@ def grade(completion: str, gold: str) -> dict[str, bool]:
 
 
 def has_marker(completion: str) -> bool:
-    """Whether a number follows a "####" on its line.
-
-    Args:
-        completion (`str`): The text the model wrote.
-    Returns:
-        `bool`
-    """
+    """Whether a number follows a "####" on its line."""
     return extract_strict(completion) is not None
 
 
@@ -182,7 +174,13 @@ def load_rows(dataset_name: str, split: str, config: str | None = None, limit: i
         FileNotFoundError: If the file or the split's file does not exist.
         ValueError: If a row cannot be read, lacks a column or has no gold number, or if `limit` is below 1.
     """
-    return read_rows(dataset_name, split, config, limit, _check_row)
+
+    def check(row):
+        kept = {name: text_in(row, name) for name in ("question", "answer")}
+        gold_answer(kept["answer"])
+        return kept | id_of(row)
+
+    return read_rows(dataset_name, split, config, limit, check)
 
 
 def for_rl(dataset: "Dataset", system_prompt: str | None = None) -> "Dataset":
@@ -194,10 +192,9 @@ def for_rl(dataset: "Dataset", system_prompt: str | None = None) -> "Dataset":
     Returns:
         `datasets.Dataset`: Columns `prompt` and `answer`.
     """
-    return to_prompts(
-        dataset,
-        prompt=lambda row: build_prompt(row["question"], system_prompt),
-        answer=lambda row: gold_answer(row["answer"]),
+    return dataset.map(
+        lambda row: {"prompt": build_prompt(row["question"], system_prompt), "answer": gold_answer(row["answer"])},
+        remove_columns=dataset.column_names,
     )
 
 
@@ -210,21 +207,15 @@ def for_sft(dataset: "Dataset", system_prompt: str | None = None) -> "Dataset":
     Returns:
         `datasets.Dataset`: Columns `prompt` and `completion`.
     """
-    return to_prompts(
-        dataset,
-        prompt=lambda row: build_prompt(row["question"], system_prompt),
-        completion=lambda row: [{"role": "assistant", "content": row["answer"]}],
-    )
+
+    def prompt_and_completion(row):
+        solution = {"role": "assistant", "content": row["answer"]}
+        return {"prompt": build_prompt(row["question"], system_prompt), "completion": [solution]}
+
+    return dataset.map(prompt_and_completion, remove_columns=dataset.column_names)
 
 
 def _value(text: str) -> Decimal | None:
     """The value of a number with an optional unit, `None` for anything else."""
     match = _NUMBER_WITH_UNIT.fullmatch(plain_minus(text))
     return Decimal(digits(match[1])) if match else None
-
-
-def _check_row(row: dict) -> dict[str, str]:
-    """The row's question and answer, once both are known to be text and to hold a gold number."""
-    kept = {name: text_in(row, name) for name in ("question", "answer")}
-    gold_answer(kept["answer"])
-    return kept | id_of(row)

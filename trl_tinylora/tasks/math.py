@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from .answers import is_equal, last_box, last_number, texts_of
 from .benchmarks import published_as
-from .rows import id_of, read_rows, text_in, to_prompts
+from .rows import id_of, read_rows, text_in
 
 
 if TYPE_CHECKING:
@@ -88,13 +88,7 @@ def grade(completion: str, gold: str) -> dict[str, bool]:
 
 
 def has_marker(completion: str) -> bool:
-    r"""Whether there is a `\boxed{...}` that is closed and not empty.
-
-    Args:
-        completion (`str`): The text the model wrote.
-    Returns:
-        `bool`
-    """
+    r"""Whether there is a `\boxed{...}` that is closed and not empty."""
     return last_box(completion) is not None
 
 
@@ -158,10 +152,10 @@ def load_rows(dataset_name: str, split: str, config: str | None = None, limit: i
             raise ValueError(rf"the solution has no \boxed{{}}: {answer!r}")
         if not answer.strip():
             return None
-        kept = {"question": question, "answer": gold_answer(answer)} | id_of(row)
         solution = row.get("solution")
-        has_solution = isinstance(solution, str) and last_box(solution) is not None
-        return kept | ({"solution": solution} if has_solution else {})
+        has_box = isinstance(solution, str) and last_box(solution) is not None
+        worked = {"solution": solution} if has_box else {}
+        return {"question": question, "answer": gold_answer(answer)} | id_of(row) | worked
 
     return read_rows(dataset_name, split, config, limit, check)
 
@@ -175,10 +169,9 @@ def for_rl(dataset: "Dataset", system_prompt: str | None = None) -> "Dataset":
     Returns:
         `datasets.Dataset`: Columns `prompt` and `answer`.
     """
-    return to_prompts(
-        dataset,
-        prompt=lambda row: build_prompt(row["question"], system_prompt),
-        answer=lambda row: gold_answer(row["answer"]),
+    return dataset.map(
+        lambda row: {"prompt": build_prompt(row["question"], system_prompt), "answer": gold_answer(row["answer"])},
+        remove_columns=dataset.column_names,
     )
 
 
@@ -194,15 +187,12 @@ def for_sft(dataset: "Dataset", system_prompt: str | None = None) -> "Dataset":
         `datasets.Dataset`: Columns `prompt` and `completion`.
     """
 
-    def worked(row):
+    def prompt_and_completion(row):
         text = row.get("solution", row["answer"])
-        return text if last_box(text) is not None else rf"\boxed{{{text}}}"
+        solution = {"role": "assistant", "content": text if last_box(text) else rf"\boxed{{{text}}}"}
+        return {"prompt": build_prompt(row["question"], system_prompt), "completion": [solution]}
 
-    return to_prompts(
-        dataset,
-        prompt=lambda row: build_prompt(row["question"], system_prompt),
-        completion=lambda row: [{"role": "assistant", "content": worked(row)}],
-    )
+    return dataset.map(prompt_and_completion, remove_columns=dataset.column_names)
 
 
 def _read(text: str) -> list:
@@ -225,12 +215,13 @@ def _is_found(completion: str, gold: str) -> bool:
 
 def _as_text(value: Any, column: str) -> str:
     """A gold answer as text: AMC's are numbers, OlympiadBench's are lists of texts."""
-    if value is None:
-        return ""
-    if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return ", ".join(gold_answer(item) for item in value if item.strip())
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(int(value)) if value == int(value) else str(value)
-    if not isinstance(value, str):
-        raise ValueError(f"column {column!r} must hold a text, a number or a list of texts, got {value!r}")
-    return value
+    match value:
+        case None:
+            return ""
+        case str():
+            return value
+        case list() if all(isinstance(item, str) for item in value):
+            return ", ".join(gold_answer(item) for item in value if item.strip())
+        case int() | float() if not isinstance(value, bool):
+            return str(int(value)) if value == int(value) else str(value)
+    raise ValueError(f"column {column!r} must hold a text, a number or a list of texts, got {value!r}")

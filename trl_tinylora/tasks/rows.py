@@ -20,95 +20,55 @@ def read_rows(
     limit: int | None,
     check: Callable[[dict], dict[str, str] | None],
 ) -> "Dataset":
-    """Checked rows, with the columns that all of them have.
+    """Checked rows, with the columns that all of them have; the other arguments and errors are a task's `load_rows`'.
 
     Args:
-        dataset_name (`str`): A `.jsonl` or `.json` file, a folder that holds `{split}.jsonl`, or a name on the Hub.
-        split (`str`): Split to load; a single file is taken as this split.
-        config (`str`, *optional*): The Hub data set's configuration, or its folder where it has folders instead; that
-            of [`~trl_tinylora.tasks.benchmarks.BENCHMARKS`] without one.
-        limit (`int`, *optional*): Keep the first `limit` rows.
         check (`Callable`): From a row as it was read to the texts to keep; `None` for a row without a gold answer,
             which is left out with a warning; raises `ValueError` for what is no row.
-    Returns:
-        `datasets.Dataset`: Columns of texts.
-    Raises:
-        FileNotFoundError: If the file or the split's file does not exist.
-        ValueError: If a row cannot be read or is refused, if there is none, or if `limit` is below 1.
     """
-    from datasets import Dataset, load_dataset
+    from datasets import Dataset
 
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
     path = Path(dataset_name)
     if path.is_dir():
         path = path / f"{split}.jsonl"
-    is_local = path.suffix in {".jsonl", ".json"} or path.is_absolute() or dataset_name.startswith(".")
-    if is_local:
+    if path.suffix in {".jsonl", ".json"} or path.is_absolute() or dataset_name.startswith("."):
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist (dataset_name={dataset_name!r}, split={split!r})")
         rows, source = _read_json(path), str(path)
     else:
-        rows, source = _load_published(load_dataset, dataset_name, config, split), f"{dataset_name} ({split})"
-    checked = [_checked(check, row, number, source) for number, row in enumerate(rows, start=1)]
-    blank = [number for number, row in enumerate(checked, start=1) if row is None]
+        rows, source = _load_published(dataset_name, config, split), f"{dataset_name} ({split})"
+    checked = {number: _checked(check, row, f"{source}, row {number}") for number, row in enumerate(rows, start=1)}
+    blank = [str(number) for number, row in checked.items() if row is None]
     if blank:
         warnings.warn(
             f"{source}: {len(blank)} of {len(checked)} rows have no gold answer and are left out: rows "
-            f"{', '.join(map(str, blank[:10]))}{', ...' if len(blank) > 10 else ''}"
+            f"{', '.join(blank[:10])}{', ...' if len(blank) > 10 else ''}"
         )
-    kept = [row for row in checked if row is not None][:limit]
+    kept = [row for row in checked.values() if row is not None][:limit]
     if not kept:
         raise ValueError(f"{source} holds no rows")
-    columns = [name for name in kept[0] if all(name in row for row in kept)]
-    return Dataset.from_list([{name: row[name] for name in columns} for row in kept])
+    return Dataset.from_list(kept).select_columns([name for name in kept[0] if all(name in row for row in kept)])
 
 
 def text_in(row: dict, column: str) -> str:
-    """The text in a column.
-
-    Args:
-        row (`dict`): A row.
-        column (`str`): Name of the column.
-    Returns:
-        `str`
-    Raises:
-        ValueError: If it is missing or no text.
-    """
+    """The text in a column; `ValueError` if there is none."""
     if not isinstance(row.get(column), str):
         raise ValueError(f"no text in column {[column]}; it has {sorted(row)}")
     return row[column]
 
 
 def id_of(row: dict) -> dict[str, str]:
-    """The row's own name as the column `id`, if it has one.
-
-    Args:
-        row (`dict`): A row.
-    Returns:
-        `dict[str, str]`: Empty, or of the one key "id".
-    """
+    """The row's own name as the column `id`, if it has one."""
     names = [row[column] for column in ("id", "unique_id") if isinstance(row.get(column), (str, int))]
     return {"id": str(names[0])} if names else {}
 
 
-def to_prompts(dataset: "Dataset", **columns: Callable[[dict], Any]) -> "Dataset":
-    """The rows with nothing but these columns.
-
-    Args:
-        dataset (`datasets.Dataset`): Rows of [`read_rows`].
-        columns (`Callable`): What makes a column from a row, by the column's name.
-    Returns:
-        `datasets.Dataset`
-    """
-    return dataset.map(
-        lambda row: {name: make(row) for name, make in columns.items()},
-        remove_columns=[name for name in dataset.column_names if name not in columns],
-    )
-
-
-def _load_published(load_dataset, dataset_name, config, split):
+def _load_published(dataset_name: str, config: str | None, split: str) -> "Dataset":
     """Rows of a data set on the Hub; of those in the table, the configuration need not be named."""
+    from datasets import load_dataset
+
     known = published_as(dataset_name)
     if known is None:
         return load_dataset(dataset_name, config, split=split)
@@ -142,11 +102,11 @@ def _read_json(path: Path) -> list[Any]:
     return rows
 
 
-def _checked(check, row: Any, number: int, source: str) -> dict[str, str] | None:
+def _checked(check: Callable[[dict], dict[str, str] | None], row: Any, place: str) -> dict[str, str] | None:
     """What is kept of a row; a complaint names the row."""
     if not isinstance(row, dict):
-        raise ValueError(f"{source}, row {number}: must be an object with a question and an answer, got {row!r}")
+        raise ValueError(f"{place}: must be an object with a question and an answer, got {row!r}")
     try:
         return check(row)
     except ValueError as error:
-        raise ValueError(f"{source}, row {number}: {error}") from error
+        raise ValueError(f"{place}: {error}") from error

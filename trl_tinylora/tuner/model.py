@@ -20,7 +20,6 @@ from ..storage.checkpoint import (
     digest,
     own_tensors,
     refuse_unfit_shape,
-    refuse_unfit_values,
 )
 from ..storage.fingerprint import fingerprint, refuse_another_base
 from .bank import TinyLoraBank, TinyLoraLayer
@@ -313,7 +312,6 @@ class TinyLoraModel(BaseTuner):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         own = own_tensors(state_dict)
-        refuse_unfit_values(own or state_dict)
         refuse_unfit_shape(own[VALUES].shape, _bank_of(model).vectors(adapter_name).shape)
         state_dict = {name: tensor for name, tensor in state_dict.items() if name.removeprefix(PREFIX) not in own}
         state_dict[PREFIX + VALUES] = own[VALUES].float()

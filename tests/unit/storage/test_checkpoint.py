@@ -551,6 +551,7 @@ def test_the_card_says_what_the_adapter_is_and_keeps_what_others_wrote(tiny_qwen
     fields = json.loads((tmp_path / "adapter_config.json").read_text())
     assert "13 trained values (26 bytes, bfloat16)" in card and "in each of 14 modules" in card
     assert "W' = W + U S (sum_k v_k P_k) V^T" in card and "import trl_tinylora" in card
+    assert "install it from a clone of its repository" in card
     assert fields["base_fingerprint"]["names"] in card
     (stored,) = load_file(tmp_path / WEIGHTS).values()
     assert " ".join(f"{value:.8g}" for value in stored.float().flatten().tolist()) in card

@@ -58,6 +58,7 @@ def test_prompt_is_verls_stock_prompt():
         pytest.param("#### $5", "5", id="dollar"),
         pytest.param("#### -$5", "-5", id="minus before dollar"),
         pytest.param("#### $-5", "-5", id="minus after dollar"),
+        pytest.param("#### -$-5", "-5", id="minus before and after dollar"),
         pytest.param("#### 72 clips", "72", id="unit"),
         pytest.param("#### 50%", "50", id="percent"),
         pytest.param("#### 72.", "72", id="trailing period"),
@@ -126,6 +127,7 @@ def test_commas_and_signs_compare_by_value():
     assert gsm8k.is_correct("1,080", "1080")
     assert gsm8k.is_correct("1080", "1,080")
     assert gsm8k.is_correct("-10", "-10.00")
+    assert gsm8k.is_correct("-$-10", "-10")
     assert not gsm8k.is_correct("10", "-10")
 
 
