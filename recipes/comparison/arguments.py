@@ -18,7 +18,7 @@ ADAPTER_KEYS = {item.name for item in fields(AdapterArguments)} | {
     if item.name.startswith(("lora_", "use_peft", "use_rslora", "use_dora"))
 }
 ARM_KEYS = {"label", "recipe", "arguments", "own_samples", "rates_of", "sizes"}
-SIZE_KEYS = {"label", "arguments", "learning_rate", "learning_rates", "rates_of"}
+SIZE_KEYS = {"label", "arguments", "learning_rate", "learning_rates"}
 # Keys of a control, by kind.
 CONTROLS = {"zero": {"size"}, "random-values": {"size", "of"}, "prompted": {"system_prompt"}}
 
@@ -34,7 +34,7 @@ class CompareArguments(GenerationArguments):
             own right answers, out of so many samples a problem), `rates_of` (an arm whose learning rates are taken)
             and `sizes` (of all, by default).
         sizes (`dict`): By name: `label`, `arguments` (of the adapter) and `learning_rate` (by arm; used without a
-            sweep), `learning_rates` (a grid by arm; used by a sweep) or `rates_of` (a size whose rates are taken).
+            sweep) or `learning_rates` (a grid by arm; used by a sweep).
         controls (`dict`): By name: `label`, `kind` and its keys: `"zero"` (`size`: that adapter, untrained),
             `"random-values"` (`size`, `of`: values of random direction, as long as those that this arm trained) or
             `"prompted"` (`system_prompt`: the untrained model, told so).
@@ -86,12 +86,11 @@ class CompareArguments(GenerationArguments):
     def _check_sizes(self):
         for name, size in self.sizes.items():
             foreign = set(size.get("arguments", {})) - ADAPTER_KEYS
-            if set(size) - SIZE_KEYS or foreign or not size.get("arguments"):
+            if set(size) - SIZE_KEYS or foreign or not {"label", "arguments"} <= set(size):
                 raise ValueError(
                     f"sizes[{name!r}] must hold label, arguments of the adapter, and learning rates; got "
                     f"{sorted(size)} with arguments {sorted(size.get('arguments', {}))}"
                 )
-            _check_names(f"sizes[{name!r}]", "rates_of", size, self.sizes)
 
     def _check_arms(self):
         for name, arm in self.arms.items():
@@ -115,11 +114,11 @@ class CompareArguments(GenerationArguments):
     def _check_rates(self):
         key = "learning_rate" if self.sweep_seed is None else "learning_rates"
         for arm, size in self.cells():
-            from_arm, from_size = self.rates_from(arm, size)
-            if not self.sizes[from_size].get(key, {}).get(from_arm):
+            arm = self.rates_from(arm)
+            if not self.sizes[size].get(key, {}).get(arm):
                 missing = "rate" if self.sweep_seed is None else "grid"
                 raise ValueError(
-                    f"sizes[{from_size!r}].{key} has no {missing} for {from_arm!r}: without a sweep_seed each arm "
+                    f"sizes[{size!r}].{key} has no {missing} for {arm!r}: without a sweep_seed each arm "
                     "needs a learning_rate, with one a grid of learning_rates"
                 )
 
@@ -145,9 +144,9 @@ class CompareArguments(GenerationArguments):
         arms = sorted(self.arms, key=self.algorithm_of)
         return [(arm, size) for arm in arms for size in self.sizes_of(arm)]
 
-    def rates_from(self, arm: str, size: str) -> tuple[str, str]:
-        """The arm and the size whose learning rates these take: themselves, where nothing else is said."""
-        return self.arms[arm].get("rates_of", arm), self.sizes[size].get("rates_of", size)
+    def rates_from(self, arm: str) -> str:
+        """The arm whose learning rates this one takes: its own, where nothing else is said."""
+        return self.arms[arm].get("rates_of", arm)
 
 
 def _check_keys(where: str, given: dict, known: Iterable[str], needed: Iterable[str]) -> None:

@@ -193,20 +193,13 @@ def _draw_series(panel, cells, aside, kind, marker, style) -> None:
 
 def _number_axis(panel, places) -> None:
     """A logarithmic axis in plain numbers, with room at either side; it may hold one place only."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     panel.set_xscale("log")
     panel.set_xlim(min(places) / 2.2, max(places) * 2.2)
     panel.xaxis.set_major_locator(LogLocator(numticks=15))
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _plain(value)))
+    panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     panel.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _plain(value: float) -> str:
-    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= unit:
-            return f"{value / unit:g}{name}"
-    return f"{value:g}"
 
 
 def _baselines(panel, cells, kind) -> None:

@@ -103,7 +103,7 @@ class Plan:
         if arguments.sweep_seed is None:
             return []
         for arm, size in arguments.cells():
-            if arguments.rates_from(arm, size) != (arm, size):
+            if arguments.rates_from(arm) != arm:
                 continue
             for rate in arguments.sizes[size]["learning_rates"][arm]:
                 name = f"sweep-{arm}-{size}-lr{float(rate):g}"
@@ -130,8 +130,7 @@ class Plan:
         runs = []
         for seed in self.arguments.seeds:
             for arm, size in self.arguments.cells():
-                from_arm, from_size = self.arguments.rates_from(arm, size)
-                rate = rates[from_arm][from_size]["learning_rate"]
+                rate = rates[self.arguments.rates_from(arm)][size]["learning_rate"]
                 runs.append(self._training(_final_name(arm, size, seed), "final", arm, size, seed, rate))
         return runs
 
@@ -165,7 +164,7 @@ class Plan:
                 runs.append(Untrained(**asked | {"generation": told}))
                 continue
             size = control["size"]
-            asked |= {"size": size, "label": self._label(size), "seed": seed, "adapter": self._adapter(size, seed)}
+            asked |= self._sized(size) | {"seed": seed, "adapter": self._adapter(size, seed)}
             if control["kind"] == "zero":
                 runs.append(ZeroAdapter(**asked))
             elif (trained := finals.get(_final_name(control["of"], size, seed))) is not None:
@@ -183,7 +182,7 @@ class Plan:
         if "own_samples" in described:
             sampling = self._sampling(described["own_samples"], seed)
             asked |= {"own_samples": sampling.name, "own_samples_digest": sampling.digest}
-        asked |= {"size": size, "label": self._label(size), "script": self.arguments.algorithm_of(arm)}
+        asked |= self._sized(size) | {"script": self.arguments.algorithm_of(arm)}
         return Training(name=name, phase=phase, arm=arm, arm_label=described["label"], **asked)
 
     def _asked(self) -> dict:
@@ -210,8 +209,8 @@ class Plan:
             adapter.setdefault("projection_seed", seed)
         return adapter
 
-    def _label(self, size) -> str:
-        return self.arguments.sizes[size].get("label", size)
+    def _sized(self, size) -> dict:
+        return {"size": size, "label": self.arguments.sizes[size]["label"]}
 
 
 def _final_name(arm, size, seed) -> str:

@@ -16,9 +16,9 @@ def fixed_learning_rates(arguments: CompareArguments) -> dict:
         `dict`: `learning_rate` by arm and size.
     """
     rates: dict = {}
-    for arm, size in {arguments.rates_from(arm, size): None for arm, size in arguments.cells()}:
-        rate = float(arguments.sizes[size]["learning_rate"][arm])
-        rates.setdefault(arm, {})[size] = {"learning_rate": rate}
+    for arm, size in arguments.cells():
+        arm = arguments.rates_from(arm)
+        rates.setdefault(arm, {})[size] = {"learning_rate": float(arguments.sizes[size]["learning_rate"][arm])}
     return rates
 
 
@@ -63,5 +63,5 @@ def lacking_rates(arguments: CompareArguments, rates: dict) -> list[tuple[str, s
     Returns:
         `list[tuple[str, str]]`: Empty where nothing is lacking.
     """
-    wanted = {arguments.rates_from(arm, size) for arm, size in arguments.cells()}
+    wanted = {(arguments.rates_from(arm), size) for arm, size in arguments.cells()}
     return sorted((arm, size) for arm, size in wanted if size not in rates.get(arm, {}))

@@ -63,7 +63,7 @@ class Generator(ABC):
 
 class TransformersGenerator(Generator):
     """
-    Generates with a model in this process, which comes back in the mode it came in.
+    Generates with a model in this process, which keeps its mode (training or evaluation).
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model.

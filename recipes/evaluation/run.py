@@ -30,7 +30,7 @@ def evaluate(
     bootstrap over problems. Both speak of other problems of the same kind, not of other training seeds.
 
     Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): Comes back in the mode it came in.
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): Keeps its mode (training or evaluation).
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): With a chat template.
         rows (iterable of `dict`): With `question` and `answer`, as the task's `load_rows` gives them.
         arguments (`GenerationArguments`): The task, and how to generate.

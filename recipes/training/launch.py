@@ -10,7 +10,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 def refuse_miscounted_processes(training_args: TrainingArguments) -> None:
     """
-    Raises where the processes of a launch do not see each other: each would train on all rows, alone.
+    Raises where the processes of a launch do not see each other: each would train on all rows by itself.
 
     Args:
         training_args ([`~transformers.TrainingArguments`]): Read for `world_size`.

@@ -35,9 +35,9 @@ def done(tmp_path_factory):
             samples=2,
             max_new_tokens=12,
             sizes={
-                "1": {"arguments": {"n_values": 1}, "learning_rate": rates},
-                "13": {"arguments": {"n_values": 13, "kept_dtype": "bfloat16"}, "learning_rate": rates},
-                "full": {"arguments": {"adapter": "full"}, "learning_rate": rates},
+                "1": {"label": "", "arguments": {"n_values": 1}, "learning_rate": rates},
+                "13": {"label": "", "arguments": {"n_values": 13, "kept_dtype": "bfloat16"}, "learning_rate": rates},
+                "full": {"label": "", "arguments": {"adapter": "full"}, "learning_rate": rates},
             },
             sweep_seed=None,
         )
