@@ -122,7 +122,7 @@ def build_seconds(weights: dict[str, torch.Tensor]) -> float:
     layers = {name.replace(".", "_"): nn.Linear(1, 1, bias=False) for name in weights}
     for layer, weight in zip(layers.values(), weights.values(), strict=True):
         layer.weight = nn.Parameter(weight, requires_grad=False)
-    return seconds(lambda: compute_factors(nn.ModuleDict(layers), list(layers), RANK))
+    return seconds(lambda: compute_factors(nn.ModuleDict(layers), None, list(layers), RANK))
 
 
 @contextmanager

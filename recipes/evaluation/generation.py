@@ -12,10 +12,11 @@ import torch
 import transformers
 import trl
 from peft import PeftConfig, PeftModel, PeftType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from evaluation.arguments import GenerationArguments
 from trl_tinylora import TinyLoraPeftType, export_lora
-from trl_tinylora.convert.lora import ADAPTER_FILES, refuse_what_is_no_lora
+from trl_tinylora.convert.lora import refuse_what_is_no_lora
 
 
 # vllm/config/lora.py, `MaxLoRARanks`, from 8 on: an adapter of rank 2 needs 8.
@@ -163,7 +164,7 @@ class VllmGenerator(Generator):
             options = {"enable_lora": True, "max_lora_rank": next(limit for limit in VLLM_MAX_RANKS if limit >= rank)}
             self.lora_request = LoRARequest("adapter", 1, path)
         for path in sorted(Path(adapter_path).iterdir()) if adapter_path and Path(adapter_path).is_dir() else ():
-            if path.name in ADAPTER_FILES:
+            if path.name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
                 self.source += f" {path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}"
         self.llm = LLM(
             model=served,

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from training.launch import refuse_miscounted_processes
 from cases import TOLERANCE
 from runs import launch_recipe
 from tiny import write_split
+from training.launch import refuse_miscounted_processes
 
 
 @pytest.fixture(scope="module")

@@ -290,8 +290,8 @@ class TinyLoraModel(BaseTuner):
                 )
         if any(is_sharded(self.bank.vectors(name).values_GK) for name in names):
             raise NotImplementedError(
-                "`adapter_names` needs the values whole in each process, and ZeRO-3 or FSDP2 has sharded them. Load the "
-                "adapters on an ordinary model, or run the rows of each adapter as a batch of their own."
+                "`adapter_names` needs the values whole in each process, and ZeRO-3 or FSDP2 has sharded them. Load "
+                "the adapters on an ordinary model, or run the rows of each adapter as a batch of their own."
             )
 
     @classmethod

@@ -45,10 +45,10 @@ def seen(monkeypatch):
 def test_factors_and_probes_are_the_same_bits_whatever_the_number_of_threads(model, threads):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: 1)
-        expected, expected_measured = compute_factors(model, list(SIZES), 2)
+        expected, expected_measured = compute_factors(model, None, list(SIZES), 2)
     torch.set_num_threads(threads)
 
-    factors, measured = compute_factors(model, list(SIZES), 2)
+    factors, measured = compute_factors(model, None, list(SIZES), 2)
 
     assert list(factors) == list(SIZES) and measured == expected_measured
     for name in SIZES:
@@ -56,7 +56,7 @@ def test_factors_and_probes_are_the_same_bits_whatever_the_number_of_threads(mod
 
 
 def test_each_module_has_one_thread_and_the_callers_number_is_restored(model, threads, seen):
-    compute_factors(model, list(SIZES), 2)
+    compute_factors(model, None, list(SIZES), 2)
 
     assert [count for _, _, count in seen] == [1] * 4
     assert torch.get_num_threads() == threads
@@ -73,7 +73,7 @@ def test_the_number_is_restored_and_the_first_module_named_where_weights_are_dam
         model[name].weight.data[0, 0] = float("nan")
 
     with pytest.raises(ValueError, match="square: 1 of 173056 entries are not finite"):
-        compute_factors(model, list(SIZES), 2)
+        compute_factors(model, None, list(SIZES), 2)
 
     assert torch.get_num_threads() == threads
 
@@ -82,7 +82,7 @@ def test_sharded_weights_are_decomposed_in_order_on_the_calling_thread(model, th
     monkeypatch.setattr(trl_tinylora.tuner.build, "is_spread", lambda weight: weight is model["wide"].weight)
     monkeypatch.setattr(trl_tinylora.tuner.build, "same_on_all", lambda tensors: None)
 
-    compute_factors(model, list(SIZES), 2)
+    compute_factors(model, None, list(SIZES), 2)
 
     assert [shape for shape, _, _ in seen] == list(SIZES.values())
     assert {thread for _, thread, _ in seen} == {threading.current_thread()}
@@ -91,5 +91,5 @@ def test_sharded_weights_are_decomposed_in_order_on_the_calling_thread(model, th
     started = []
     run = threading.Thread.start
     monkeypatch.setattr(threading.Thread, "start", lambda self: (started.append(self), run(self))[1])
-    compute_factors(model, list(SIZES), 2)
+    compute_factors(model, None, list(SIZES), 2)
     assert 1 <= len(started) <= threads

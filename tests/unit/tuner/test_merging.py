@@ -11,9 +11,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from benchmarks.merge import measure_held
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from benchmarks.merge import measure_held
 from peft import LoraConfig, get_peft_model
 from tiny import layers_of
 from torch import nn
