@@ -36,6 +36,8 @@ from ..tuner.targets import unwrap
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# What makes a folder an adapter's, in the order in which an earlier adapter is deleted.
+ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 
 
 def export_lora(
@@ -139,7 +141,7 @@ def write_lora(
     folder = Path(save_directory).absolute()
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file. Name a folder to write the adapter to.")
-    found = [name for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if (folder / name).exists()]
+    found = [name for name in ADAPTER_FILES if (folder / name).exists()]
     if found and not overwrite:
         raise FileExistsError(
             f"{folder} holds an adapter already ({', '.join(found)}). Name another folder, or pass `overwrite=True` "
