@@ -75,14 +75,7 @@ def replaced_section(document: str, name: str, content: str) -> Optional[str]:
 
 
 def put_section(folder: str | os.PathLike, name: str, content: str) -> None:
-    """
-    Writes a part of a folder's model card: over its former content if there is any, at the end otherwise.
-
-    Args:
-        folder (`str` or `os.PathLike`): The folder; the rest of a card that it has is kept.
-        name (`str`): Name of the part, in the comments around it.
-        content (`str`): Markdown.
-    """
+    """Writes a part of a folder's model card: over its former content if there is any, at the end otherwise."""
     path = Path(folder) / CARD
     card = path.read_text(encoding="utf-8") if path.is_file() else ""
     renewed = replaced_section(card, name, content)

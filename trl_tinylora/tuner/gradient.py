@@ -30,23 +30,13 @@ class GradientBuffer:
         self._grad_MRR: Optional[torch.Tensor] = None
 
     def add(self, index: int, grad_RR: torch.Tensor, n_modules: int) -> None:
-        """Adds to the gradient of one module's R.
-
-        Args:
-            index (`int`): Position of the module among the adapted ones.
-            grad_RR (`torch.Tensor`): Gradient, shape `(r, r)`, dtype float32 or wider.
-            n_modules (`int`): Number of adapted modules.
-        """
+        """Adds to the gradient of one module's R."""
         if self._grad_MRR is None:
             self._grad_MRR = grad_RR.new_zeros(n_modules, *grad_RR.shape)
         self._grad_MRR[index].add_(grad_RR.to(self._grad_MRR))
 
     def take(self) -> Optional[torch.Tensor]:
-        """Empties the buffer and returns what it held.
-
-        Returns:
-            `torch.Tensor` of shape `(modules, r, r)`, or `None` where nothing was added.
-        """
+        """Empties the buffer and returns what it held."""
         grad_MRR, self._grad_MRR = self._grad_MRR, None
         return grad_MRR
 
@@ -116,14 +106,7 @@ class AddUpdate(torch.autograd.Function):
 
 
 def without_autocast(like: torch.Tensor) -> AbstractContextManager:
-    """Returns a context in which products run in the dtype of what they are given.
-
-    Args:
-        like (`torch.Tensor`): A tensor on the device where they run.
-
-    Returns:
-        A context manager.
-    """
+    """Returns a context in which products run in the dtype of what they are given."""
     # Entering autocast costs as much as one of the small products, also to turn off what is off.
     kind = like.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

@@ -48,34 +48,15 @@ class Linear(nn.Module, TinyLoraLayer):
         self._disable_adapters = False
 
     def factors(self, key: Hashable) -> Optional[tuple[torch.Tensor, torch.Tensor]]:
-        """Returns U S and V^T, or None where no adapter with these factors was added.
-
-        Args:
-            key (`Hashable`): [`Plan.factor_key`] of this module.
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor]` of shapes `(out_features, r)` and `(r, in_features)`, or `None`.
-        """
+        """Returns U S and V^T, or None where no adapter with these factors was added."""
         return self._factors.get(key)
 
     def factors_of(self, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns U S and V^T as the adapters of a plan use them.
-
-        Args:
-            plan ([`Plan`]): One that has this module.
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor]` of shapes `(out_features, r)` and `(r, in_features)`.
-        """
+        """Returns U S and V^T as the adapters of a plan use them."""
         return self._factors[plan.factor_key(self.name)]
 
     def keep_factors(self, key: Hashable, factors: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Keeps factors for the adapters that use them, unless that was done before.
-
-        Args:
-            key (`Hashable`): [`Plan.factor_key`] of this module.
-            factors (`tuple[torch.Tensor, torch.Tensor]`): U S and V^T.
-        """
+        """Keeps factors for the adapters that use them, unless that was done before."""
         left_OR, right_RI = factors
         # With r rows in memory each: a product with r columns takes up to six times as long.
         self._factors.setdefault(key, (left_OR.mT.contiguous().mT, right_RI.contiguous()))
@@ -93,19 +74,10 @@ class Linear(nn.Module, TinyLoraLayer):
         return self._bank[0].active_adapter
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Of no effect: PEFT tells the bank as well.
-
-        Args:
-            adapter_names (`str` or `list[str]`): Names of the adapters to make active.
-            inference_mode (`bool`, *optional*, defaults to `False`): Whether they are frozen.
-        """
+        """Of no effect: PEFT tells the bank as well."""
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Deletes an adapter from the bank, unless that was done before, and the factors that no other one uses.
-
-        Args:
-            adapter_name (`str`): Its name.
-        """
+        """Deletes an adapter from the bank, unless that was done before, and the factors that no other one uses."""
         # PEFT comes to the layers first, and asks them which adapter is active then.
         self._bank[0].delete_adapter(adapter_name)
         self.drop_unused_factors()
@@ -118,14 +90,7 @@ class Linear(nn.Module, TinyLoraLayer):
         return super()._apply(fn, recurse)
 
     def place(self, adapter_name: str) -> Optional[tuple[Vectors, int]]:
-        """Returns an adapter's vectors and this module's position in them, or None where it leaves the module out.
-
-        Args:
-            adapter_name (`str`): The adapter.
-
-        Returns:
-            `tuple[Vectors, int]` or `None`
-        """
+        """Returns an adapter's vectors and this module's position in them, or None where it leaves the module out."""
         vectors = self._bank[0].vectors(adapter_name)
         if vectors is None or self.name not in vectors.plan.index:
             return None
@@ -262,23 +227,12 @@ class Linear(nn.Module, TinyLoraLayer):
 
     @torch.no_grad()
     def unmerged_weight(self) -> torch.Tensor:
-        """Returns the base weight as it is without adapters, which stay merged where they are.
-
-        Returns:
-            `torch.Tensor`
-        """
+        """Returns the base weight as it is without adapters, which stay merged where they are."""
         weight = self.get_base_layer().weight
         return weight.data if self._original_weight is None else self._original_weight.to(weight.device)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Returns True: the update is a matrix of rank r added to the weight.
-
-        Args:
-            adapter_name (`str`, *optional*): The adapter.
-
-        Returns:
-            `bool`
-        """
+        """Returns True: the update is a matrix of rank r added to the weight."""
         return True
 
     def __repr__(self) -> str:

@@ -53,26 +53,12 @@ def merged_weight(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor)
 
 
 def set_aside(original: torch.Tensor) -> torch.Tensor:
-    """Returns the tensor to restore a weight from: the original, or a copy in host memory where a GPU is nearly full.
-
-    Args:
-        original (`torch.Tensor`): W, with the merged weight beside it in the device's memory.
-
-    Returns:
-        `torch.Tensor`
-    """
+    """Returns the tensor to restore a weight from: the original, or a copy in host memory where a GPU is nearly full."""
     return original if isinstance(original, DTensor) or has_room(original.device) else original.cpu()
 
 
 def has_room(device: torch.device) -> bool:
-    """Returns whether a sixteenth of a GPU's memory is free or reserved by torch and not used; elsewhere, True.
-
-    Args:
-        device (`torch.device`): Any device.
-
-    Returns:
-        `bool`
-    """
+    """Returns whether a sixteenth of a GPU's memory is free or reserved by torch and not used; elsewhere, True."""
     if device.type != "cuda":
         return True
     free, total = torch.cuda.mem_get_info(device)
@@ -81,12 +67,7 @@ def has_room(device: torch.device) -> bool:
 
 
 def restore(weight: nn.Parameter, original: torch.Tensor) -> None:
-    """Puts the original in the merged weight's place, bit for bit.
-
-    Args:
-        weight (`torch.nn.Parameter`): The merged weight, on any device.
-        original (`torch.Tensor`): As [`set_aside`] returned it.
-    """
+    """Puts the original in the merged weight's place, bit for bit."""
     # Partitioned again, a weight of ZeRO-3 has lost what was merged into it: its parts are the original's.
     if not is_partitioned(weight):
         put(weight, original.to(weight.device))
