@@ -41,9 +41,6 @@ def is_fsdp(module: nn.Module) -> bool:
 def refuse_tensor_parallel(model: nn.Module) -> None:
     """Raises where each process computes with a part of a layer, and not with the whole of a gathered one.
 
-    Args:
-        model (`torch.nn.Module`): The base model.
-
     Raises:
         NotImplementedError: If transformers loaded it with tensor parallelism.
     """

@@ -127,14 +127,7 @@ def write_lora(
     """
     Writes a LoRA in PEFT's layout: interrupted, the folder holds the earlier adapter, none that loads, or the new one.
 
-    Args:
-        save_directory (`str` or `os.PathLike`): Folder to write.
-        factors (`dict[str, tuple[torch.Tensor, torch.Tensor]]`): A, shape `(r, in_features)`, and B, shape
-            `(out_features, r)`, by module name.
-        adapter (`peft.PeftConfig`): Configuration of the adapter that this is the LoRA of; its rank is taken.
-        base (`torch.nn.Module`): The base model; it may carry adapters, and needs no weights.
-        dtype (`torch.dtype`), overwrite (`bool`): As of [`export_lora`], with the same errors.
-        dropout (`float`, *optional*, defaults to `0.0`): `lora_dropout`.
+    `factors` are A, shape `(r, in_features)`, and B, shape `(out_features, r)`, by module name.
     """
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(map(str, DTYPES))}, got {dtype}.")

@@ -58,28 +58,12 @@ def encode_basis(name: str, weight_OI: torch.Tensor, right_RI: torch.Tensor, tol
 
 
 def encode(numbers: torch.Tensor) -> str:
-    """Returns base64 of a tensor's numbers as float32, little endian.
-
-    Args:
-        numbers (`torch.Tensor`): Any shape and dtype.
-
-    Returns:
-        `str`
-    """
+    """Returns base64 of a tensor's numbers as float32, little endian."""
     return base64.b64encode(numbers.cpu().double().numpy().astype("<f4").tobytes()).decode()
 
 
 def has_basis(name: str, right_RI: torch.Tensor, encoded: str) -> bool:
-    """Returns whether singular vectors are the encoded ones, to what float32 gives.
-
-    Args:
-        name (`str`): Name of the module in the base model.
-        right_RI (`torch.Tensor`): V^T, shape `(r, in_features)`.
-        encoded (`str`): As [`encode_basis`] returns.
-
-    Returns:
-        `bool`
-    """
+    """Returns whether singular vectors are the encoded ones, to what float32 gives."""
     stored_RC = _decode(encoded, len(right_RI))
     found_RC = _products(name, right_RI.double().cpu(), stored_RC.shape[1])
     return bool(torch.linalg.vector_norm(found_RC - stored_RC) <= 1e-4 * torch.linalg.vector_norm(stored_RC))

@@ -127,14 +127,7 @@ def leading_triplets(
 
 
 def in_pieces(weight_OI: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Returns views of a few rows of a weight each, so that what is made of one of them is small beside the weight.
-
-    Args:
-        weight_OI (`torch.Tensor`): Shape `(out_features, in_features)`.
-
-    Returns:
-        `tuple[torch.Tensor, ...]`: About [`PIECES`], fewer of a weight so small that a piece costs more than its work.
-    """
+    """Returns views of a few rows of a weight each, so that what is made of one of them is small beside the weight."""
     rows, columns = weight_OI.shape
     return weight_OI.split(max(rows // PIECES, SMALLEST_PIECE // columns, 1))
 

@@ -11,14 +11,7 @@ TYINGS = ("tiled", "structured")
 
 
 def module_type(name: str) -> str:
-    """Returns a module's name with its depth taken out: all modules of one type have the same.
-
-    Args:
-        name (`str`): Module name, for example `"model.layers.3.mlp.up_proj"`; its first number is the depth.
-
-    Returns:
-        `str`: For example `"model.layers.*.mlp.up_proj"`.
-    """
+    """Returns a module's name with its depth taken out: all modules of one type have the same."""
     parts = name.split(".")
     for position, part in enumerate(parts):
         if part.isdigit():
@@ -57,14 +50,5 @@ def assign_groups(names: Sequence[str], n_tie: Union[int, str], tying: str) -> l
 
 
 def count_groups(names: Sequence[str], n_tie: Union[int, str], tying: str) -> int:
-    """Returns the number of groups: ceil(modules / n_tie), summed over the types where structured.
-
-    Args:
-        names (`Sequence[str]`): Module names in depth order.
-        n_tie (`int` or `"all"`): Modules per group.
-        tying (`str`): `"tiled"` or `"structured"`.
-
-    Returns:
-        `int`
-    """
+    """Returns the number of groups: ceil(modules / n_tie), summed over the types where structured."""
     return max(assign_groups(names, n_tie, tying)) + 1

@@ -151,15 +151,6 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
     def before_first_block(self, block: str, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Forward pre-hook of a first adapted block: R of the active adapters that begin there, and their sinks.
 
-        Args:
-            block (`str`): Name of the block.
-            module (`torch.nn.Module`): The block.
-            args (`tuple`): Its positional arguments.
-            kwargs (`dict`): Its keyword arguments.
-
-        Returns:
-            `tuple[tuple, dict]`: The arguments with the hidden states put through the sink.
-
         Raises:
             RuntimeError: If the block gets no hidden states, or runs as a replica of `torch.nn.DataParallel`.
         """

@@ -76,10 +76,6 @@ def restore(weight: nn.Parameter, original: torch.Tensor) -> None:
 def refuse_not_finite(merged: torch.Tensor, names: Sequence[str]) -> None:
     """Raises where a merge overflows.
 
-    Args:
-        merged (`torch.Tensor`): The merged weight, an ordinary tensor or a `DTensor`.
-        names (`Sequence[str]`): The adapters.
-
     Raises:
         ValueError: If an entry is not finite.
     """

@@ -70,17 +70,7 @@ class MixedBatch:
 def update_of_rows(
     x: torch.Tensor, left_OR: torch.Tensor, mixing_BRR: torch.Tensor, right_RI: torch.Tensor
 ) -> torch.Tensor:
-    """Returns `U S R V^T x` with an R for each row.
-
-    Args:
-        x (`torch.Tensor`): A module's input, shape `(rows, ..., in_features)`.
-        left_OR (`torch.Tensor`): U S, shape `(out_features, r)`, device and dtype of x.
-        mixing_BRR (`torch.Tensor`): R of each row, shape `(rows, r, r)`.
-        right_RI (`torch.Tensor`): V^T, shape `(r, in_features)`, device and dtype of x.
-
-    Returns:
-        `torch.Tensor` of shape `(rows, ..., out_features)`, dtype of x.
-    """
+    """Returns `U S R V^T x` with an R for each row."""
     with without_autocast(x):
         hidden_R = F.linear(x, right_RI).to(torch.promote_types(x.dtype, mixing_BRR.dtype))
         # As (rows, tokens, r), whatever stands between the rows and the last dimension.

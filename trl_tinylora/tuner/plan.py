@@ -115,15 +115,7 @@ class Plan:
         return phrases
 
     def frozen(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the group and the projections of each module, as [`mix`] and [`unmix`] take them.
-
-        Args:
-            device (`torch.device`): Where an adapter's values live.
-            dtype (`torch.dtype`): What is computed in.
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor]` of shapes `(modules,)` and `(modules, u, r, r)`.
-        """
+        """Returns the group and the projections of each module, as [`mix`] and [`unmix`] take them."""
         return self.groups_M.to(device), self.projections_MKRR.to(device, dtype)
 
     def apply(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -64,14 +64,7 @@ class Vectors(nn.Module):
 
     @torch.no_grad()
     def mixings(self, modules: slice = slice(None)) -> torch.Tensor:
-        """Returns R of modules from the present values, gathered from all processes where they are sharded.
-
-        Args:
-            modules (`slice`, *optional*): Their positions among the adapted ones; all by default.
-
-        Returns:
-            `torch.Tensor` of shape `(modules, r, r)`, dtype float32 or wider.
-        """
+        """Returns R of modules from the present values, gathered from all processes where they are sharded."""
         return self._mix(self.whole_values(), modules)
 
     def mixing(self, index: int) -> torch.Tensor:
@@ -80,12 +73,6 @@ class Vectors(nn.Module):
 
     def mixing_of_pass(self, index: int) -> torch.Tensor:
         """Returns R of one module as of the forward pass under way.
-
-        Args:
-            index (`int`): Position of the module among the adapted ones.
-
-        Returns:
-            `torch.Tensor` of shape `(r, r)`, dtype float32 or wider.
 
         Raises:
             RuntimeError: If the layer was reached without a pass through the first adapted block.
