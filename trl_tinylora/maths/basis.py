@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from .decomposition import frozen_stream
-from .svd import rounding_error, truncated_svd
+from .svd import root_mean_square, rounding_error, truncated_svd
 
 
 # Singular vectors beyond the rank that may be needed. SmolLM2-135M needs 1 at most, random matrices up to 4.
@@ -47,7 +47,7 @@ def encode_basis(name: str, weight_OI: torch.Tensor, right_RI: torch.Tensor, tol
     sigma = torch.linalg.vector_norm(truncated_svd(weight_OI, wanted).left_OR.double(), dim=0)
     if wanted == smallest:
         sigma = torch.nn.functional.pad(sigma, (0, 1))
-    error = rounding_error(weight_OI, sigma[0].item())
+    error = rounding_error(root_mean_square(weight_OI), sigma[0].item())
     kept_RC = right_RI.double().cpu()
     for size in range(rank, len(sigma)):
         n_columns = COLUMNS_PER_VECTOR * size

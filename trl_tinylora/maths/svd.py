@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple, Optional
 
+import math
+
 import torch
 
 
@@ -72,7 +74,9 @@ def truncated_svd(weight_OI: torch.Tensor, rank: int) -> Factors:
         raise ValueError(
             f"rank {rank} is not within 1..{smallest} for a weight of shape {tuple(weight_OI.shape)}: lower `r`."
         )
-    bad = sum(int((~piece.isfinite()).sum()) for piece in in_pieces(weight_OI))
+    # A sum tells as much as `isfinite` of every entry, in a third of the time.
+    rms = root_mean_square(weight_OI)
+    bad = 0 if math.isfinite(rms) else sum(int((~piece.isfinite()).sum()) for piece in in_pieces(weight_OI))
     if bad:
         raise ValueError(
             f"{bad} of {weight_OI.numel()} entries are not finite: the weights are damaged, load them again."
@@ -86,7 +90,7 @@ def truncated_svd(weight_OI: torch.Tensor, rank: int) -> Factors:
     return Factors(
         (left_OR * (sign_R * sigma[:rank])).to(dtype).contiguous(),
         (right_RI * sign_R[:, None]).to(dtype).contiguous(),
-        _uncertainty(weight_OI, sigma, rank),
+        _uncertainty(rms, sigma, rank),
     )
 
 
@@ -132,19 +136,23 @@ def in_pieces(weight_OI: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return weight_OI.split(max(rows // PIECES, SMALLEST_PIECE // columns, 1))
 
 
-def rounding_error(weight_OI: torch.Tensor, largest: float) -> float:
+def root_mean_square(weight_OI: torch.Tensor) -> float:
+    """Returns the root mean square of a weight's entries, summed in float64."""
+    norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in in_pieces(weight_OI)]
+    return torch.stack(norms).norm().item() / weight_OI.numel() ** 0.5
+
+
+def rounding_error(rms: float, largest: float) -> float:
     """Returns about how much rounding to bfloat16 and computing elsewhere change a weight between two singular vectors.
 
     Args:
-        weight_OI (`torch.Tensor`): Shape `(out_features, in_features)`.
+        rms (`float`): Root mean square of the weight's entries.
         largest (`float`): Its largest singular value.
 
     Returns:
         `float`: `|u^T E v|` for a change E, comparable with the distance of two singular values.
     """
-    norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in in_pieces(weight_OI)]
-    root_mean_square = torch.stack(norms).norm().item() / weight_OI.numel() ** 0.5
-    return BFLOAT16_ROUNDING * root_mean_square + RESIDUAL_ELSEWHERE * largest
+    return BFLOAT16_ROUNDING * rms + RESIDUAL_ELSEWHERE * largest
 
 
 def _leading_eigenvectors(matrix_PQ: torch.Tensor, rank: int) -> Optional[tuple[torch.Tensor, torch.Tensor]]:
@@ -207,13 +215,13 @@ def _orthonormal(block_BQ: torch.Tensor, basis_NQ: torch.Tensor) -> torch.Tensor
     return block_BQ
 
 
-def _uncertainty(weight_OI: torch.Tensor, sigma: torch.Tensor, rank: int) -> float:
+def _uncertainty(rms: float, sigma: torch.Tensor, rank: int) -> float:
     """First-order perturbation theory: an error's entry between two singular vectors over the gap of their values."""
     sigma = torch.nn.functional.pad(sigma, (0, 1))[: rank + 1]
     if sigma[0] == 0:
         return 1.0
     gap = (-sigma.diff()).min().item()
-    return min(rounding_error(weight_OI, sigma[0].item()) / gap, 1.0) if gap > 0 else 1.0
+    return min(rounding_error(rms, sigma[0].item()) / gap, 1.0) if gap > 0 else 1.0
 
 
 def _full_svd(weight_OI: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
