@@ -310,7 +310,7 @@ def test_a_changed_number_makes_a_readme_stale():
 
 
 def cell_of(arm, size, strict, spread, flexible):
-    """As report.summarize has it, of what the tables read."""
+    """As a summary has it, of what the tables read."""
     accuracy = {"strict": {"mean": strict, "std": spread}, "flexible": {"mean": flexible, "std": spread}}
     return {"arm": arm, "size": size, "accuracy": {"greedy": accuracy}}
 

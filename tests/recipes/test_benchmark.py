@@ -1,0 +1,19 @@
+"""The command that runs one benchmark."""
+
+import sys
+
+import benchmark
+import pytest
+
+
+@pytest.mark.parametrize("arguments", [[], ["speed"]])
+def test_an_unknown_benchmark_is_answered_with_the_names(monkeypatch, arguments):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
+    with pytest.raises(SystemExit, match="one of build, .*, step, toy_profile; got"):
+        benchmark.main()
+
+
+def test_a_benchmark_gets_the_remaining_arguments(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "harness"])
+    benchmark.main()
+    assert "| claim | ours |" in capsys.readouterr().out
