@@ -94,9 +94,9 @@ def unmix(grad_MRR: torch.Tensor, groups_M: torch.Tensor, projections_MKRR: torc
 
 def frozen_stream(text: str) -> np.random.RandomState:
     """
-Returns a stream of random numbers that follows from a text, the same on every machine and in years to come.
+    Returns a stream of random numbers that follows from a text, the same on every machine and in years to come.
 
-    It is numpy's `RandomState`, frozen by NEP 19.
+        It is numpy's `RandomState`, frozen by NEP 19.
     """
     return np.random.RandomState(np.frombuffer(hashlib.sha256(text.encode()).digest(), dtype="<u4").astype(np.uint32))
 

@@ -10,10 +10,9 @@ vectors of the Lanczos basis, B those of a block.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple, Optional
-
-import math
 
 import torch
 

@@ -53,7 +53,7 @@ def merged_weight(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor)
 
 
 def set_aside(original: torch.Tensor) -> torch.Tensor:
-    """Returns the tensor to restore a weight from: the original, or a copy in host memory where a GPU is nearly full."""
+    """Returns what a weight is restored from: the original, or a copy in host memory where a GPU is nearly full."""
     return original if isinstance(original, DTensor) or has_room(original.device) else original.cpu()
 
 

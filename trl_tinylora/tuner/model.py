@@ -41,9 +41,8 @@ class TinyLoraModel(BaseTuner):
     """
     Adapts a model with TinyLoRA: `W' = W + U S (sum_k v_k P_k) V^T` (arXiv:2602.04118, section 4).
 
-    The values are registered once on the base model, as a parameter of shape (groups, u) for each adapter. What a
-    checkpoint holds is that parameter alone; everything else is computed from the base weights, the module names and
-    the seed.
+    The values are registered once on the base model, a parameter of shape (groups, u) for each adapter. A checkpoint
+    holds that parameter alone; all else is computed from the base weights, the module names and the seed.
 
     Args:
         model (`torch.nn.Module`): The model to be adapted.
@@ -312,7 +311,7 @@ class TinyLoraModel(BaseTuner):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         own = own_tensors(state_dict)
-        refuse_unfit_shape(own[VALUES].shape, _bank_of(model).vectors(adapter_name).shape)
+        refuse_unfit_shape(own[VALUES].shape, _bank_of(model).vectors(adapter_name).plan.shape)
         state_dict = {name: tensor for name, tensor in state_dict.items() if name.removeprefix(PREFIX) not in own}
         state_dict[PREFIX + VALUES] = own[VALUES].float()
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Union
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
-from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
@@ -60,12 +59,9 @@ def resolve_target_modules(model: nn.Module, config: TinyLoraConfig) -> list[str
         NotImplementedError: If the model is split by tensor parallelism.
     """
     refuse_tensor_parallel(model)
-    config = copy.copy(config)
     asked_for = config.target_modules
-    is_all_linear = isinstance(asked_for, str) and asked_for.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
-    if is_all_linear:
-        # PEFT finds the output embedding of a `PreTrainedModel` only; other models name their targets.
-        config = _maybe_include_all_linear_layers(config, model)
+    # For "all-linear" PEFT finds the output embedding of a `PreTrainedModel` only; other models name their targets.
+    config = _maybe_include_all_linear_layers(copy.copy(config), model)
     inside_adapters = tuple(
         f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer) and name
     )

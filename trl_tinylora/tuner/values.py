@@ -45,11 +45,6 @@ class Vectors(nn.Module):
         """v, shape (groups, u), dtype float32; under ZeRO-3 and FSDP2 this process's shard of it between passes."""
         return self.lora_magnitude_vector
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Shape of the whole values, (groups, u)."""
-        return self.plan.shape
-
     def set_trained(self, is_trained: bool) -> None:
         """Sets whether the values are trained."""
         self.is_trained = is_trained
@@ -106,10 +101,10 @@ class Vectors(nn.Module):
         """Empties the buffer and returns the gradient of v that it held, shape (groups, u)."""
         grad_MRR = self.buffer.take()
         if grad_MRR is None:
-            return torch.zeros(self.shape, dtype=self.values_GK.dtype, device=self.values_GK.device)
+            return torch.zeros(self.plan.shape, dtype=self.values_GK.dtype, device=self.values_GK.device)
         grad_MRR = grad_MRR.to(self.values_GK.device)
         groups_M, projections_MKRR = self.plan.frozen(grad_MRR.device, grad_MRR.dtype)
-        return unmix(grad_MRR, groups_M, projections_MKRR, self.shape[0]).to(self.values_GK.dtype)
+        return unmix(grad_MRR, groups_M, projections_MKRR, self.plan.shape[0]).to(self.values_GK.dtype)
 
     def _mix(self, values_GK: torch.Tensor, modules: slice) -> torch.Tensor:
         dtype = torch.promote_types(values_GK.dtype, torch.float32)

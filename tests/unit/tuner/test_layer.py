@@ -55,7 +55,9 @@ def assert_close(model, inputs, tolerance):
     own = inputs.detach().double().requires_grad_()
     expected = called(x=own)
     expected.square().sum().backward()
-    pairs = [(values_of(model, name), leaf) for name, leaf in zip(model.base_model.bank.active_adapters, values)]
+    pairs = [
+        (values_of(model, name), leaf) for name, leaf in zip(model.base_model.bank.active_adapters, values, strict=True)
+    ]
     for layer in layers_of(model):
         if layer.base_layer.weight.requires_grad:
             pairs.append((layer.base_layer.weight, base[f"{layer.name}.weight"]))
