@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CODE := trl_tinylora recipes tests docs
-BENCHMARKS := build step merge fidelity many_adapters growth toy_profile imports
+BENCHMARKS := build step merge fidelity many_adapters imports
 # ruff reads no setup.cfg, so its options stand here.
 RUFF := --line-length 120 --target-version py310
 RULES := --select E,F,I,W,B,UP,RUF100 --ignore B028,UP007,UP035,UP045 --config 'lint.isort.lines-after-imports=2'
@@ -41,13 +41,11 @@ bench: $(INSTALLED)
 	for name in $(BENCHMARKS); do \
 		OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python recipes/benchmark.py $$name || exit 1; \
 	done
-	$(BIN)/python recipes/benchmark.py growth --report_only
 	$(BIN)/python recipes/benchmark.py harness --update_docs docs/benchmarks.md --update_readme README.md
 
 results: $(INSTALLED)
 	$(BIN)/python recipes/compare.py --config recipes/toy/compare.yaml --output_dir recipes/toy/results --report_only \
 		--update_readme README.md
-	$(BIN)/python recipes/benchmark.py growth --report_only
 	$(BIN)/python recipes/benchmark.py harness --update_docs docs/benchmarks.md --update_readme README.md
 	$(BIN)/python recipes/tables.py
 	$(BIN)/python docs/tree.py

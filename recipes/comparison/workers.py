@@ -148,7 +148,7 @@ class Workers:
     def _start(self, run: Run) -> Future:
         if self._pool is None:
             # glibc gives freed memory back at every turn and takes it again, page by page: a tenth of a run's time on
-            # two cores with a run each. One that has the machine to itself (benchmarks/toy_profile.py) loses nothing.
+            # two cores with a run each. One that has the machine to itself loses nothing.
             for name, value in KEPT_MEMORY.items():
                 os.environ.setdefault(name, value)
             threads = int(os.environ.get("OMP_NUM_THREADS", max(1, _cpu_cores() // self.jobs)))

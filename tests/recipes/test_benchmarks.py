@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import build, fidelity, growth, harness, imports, many_adapters, merge, step, toy_profile
+from benchmarks import build, fidelity, harness, imports, many_adapters, merge, step
 from records.files import replace_section
 
 
@@ -18,12 +18,9 @@ ROOT = Path(__file__).parents[2]
 SMALL = {
     build: "--hidden 280 --intermediate 320 --key_values 270 --layers 1 --depths 1 --angles 270",
     merge: "--size 64 --values 0.01 0.1 --repeats 1 --drift_size 16 --cycles 20 --our_cycles 20",
-    growth: "--hidden 64 --layers 1 --tokens 8 --repeats 1 --sizes_layers 1 2 3 --sizes_rank 1 2 4 --sizes_u 1 2 4 "
-    "--sizes_adapters 1 2 4 --sizes_tokens 4 8 16",
     fidelity: "--rows 64 --columns 48 --weights 1 --entries 256 --repeats 1 --texts 2",
     step: "--hidden 64 --key_values 16 --head 16 --intermediate 96 --layers 1 --tokens 8 --repeats 2",
     imports: "--repeats 1",
-    toy_profile: "--rl_steps 1 --sft_steps 1 --limit 2 --repeats 1",
     many_adapters: "--hidden 64 --layers 1 --adapters 2 --thousands 1 --rows 3 --tokens 4 --new_tokens 2 --repeats 2",
 }
 
@@ -78,22 +75,6 @@ def test_one_more_adapter_is_weighed_in_both_libraries(measured):
 def test_pefts_merges_drift_and_ours_do_not(measured):
     drift = measured(merge)[0]["details"]["drift"]["0.1"]
     assert drift["ours"] == 0 < drift["LoRA"]
-
-
-def test_growth_is_fitted_in_the_larger_half_of_the_sizes():
-    sizes = [1, 2, 4, 8, 16, 32]
-    assert growth.exponent(sizes, [3 * size**2 for size in sizes]) == pytest.approx(2)
-    assert growth.exponent(sizes, [5, 5, 5, 7, 14, 28]) == pytest.approx(1)
-
-
-@in_one_worker(growth)
-def test_pefts_state_dict_grows_quadratically_and_ours_does_not(measured):
-    found = measured(growth)[0]["details"]
-    assert found["ours"]["layers"]["costs"]["keys"] == [1, 1, 1]
-    # n vectors in each of n modules, and what is PEFT's own beside them.
-    assert all(
-        keys >= (7 * n) ** 2 for n, keys in zip((1, 2, 3), found["peft"]["layers"]["costs"]["keys"], strict=True)
-    )
 
 
 def test_peak_bytes_are_those_that_exist_at_one_time():
