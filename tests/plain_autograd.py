@@ -1,4 +1,4 @@
-"""What an adapted model should give: plain autograd in float64 through `W + U S R V^T`, without sink, buffer or hook."""
+"""What an adapted model should give: plain autograd in float64 through `W + U S R V^T`, without sink, buffer, hook."""
 
 import torch
 from tiny import layers_of
