@@ -7,7 +7,7 @@ The gradient of the trained values, which arrives once per backward pass however
 
 A tied vector v is a leaf that hundreds of modules use. Under reentrant checkpointing autograd would accumulate such a
 leaf once per checkpointed block, which breaks DeepSpeed ZeRO-2 and 3 and is silently wrong under DDP. So each module's
-[`AddUpdate`] adds dR to a [`GradientBuffer`], and v is used by autograd in one place: [`GradientSink`], in front of the
+[`MixedHidden`] adds dR to a [`GradientBuffer`], and autograd knows v in one place: [`GradientSink`], in front of the
 first adapted block, whose backward pass runs after those of all modules behind it and turns the buffer into dv.
 
 Suffixes as in `maths/decomposition.py`; T counts tokens.
@@ -62,47 +62,69 @@ class GradientSink(torch.autograd.Function):
         return grad_hidden, ctx.collect() if ctx.needs_input_grad[1] else None, None
 
 
-class AddUpdate(torch.autograd.Function):
+class MixedHidden(torch.autograd.Function):
     """
-    `result + U S R V^T x`. Of the tokens only `V^T x` is kept for the backward pass: r numbers each.
+    `R V^T x`. Of the tokens only `V^T x` is kept for the backward pass: r numbers each.
+
+    It comes before the base layer, and [`AddUpdate`] behind it, so that a non-reentrant checkpoint, which recomputes up
+    to the last tensor that is kept, need not recompute the base layer's own product.
 
     The large products run in the dtype of x, those of r x r matrices in float32 or wider.
 
     Args:
-        result (`torch.Tensor`): The base layer's output, shape `(..., out_features)`.
-        x (`torch.Tensor`): Its input, shape `(..., in_features)`.
-        left_OR (`torch.Tensor`): U S, shape `(out_features, r)`, device and dtype of x.
+        x (`torch.Tensor`): The base layer's input, shape `(..., in_features)`.
         right_RI (`torch.Tensor`): V^T, shape `(r, in_features)`, device and dtype of x.
         mixing_RR (`torch.Tensor`): R, shape `(r, r)`, dtype float32 or wider.
         add_gradient (`Callable` or `None`): Called with the gradient of R; `None` where v is frozen.
     """
 
     @staticmethod
-    def forward(ctx, result, x, left_OR, right_RI, mixing_RR, add_gradient):
+    def forward(ctx, x, right_RI, mixing_RR, add_gradient):
         with without_autocast(x):
-            hidden_RT = right_RI @ _columns(x)
+            hidden_RT = right_RI @ columns(x)
             mixing_RR = mixing_RR.to(x.device, torch.promote_types(x.dtype, mixing_RR.dtype))
-            mixed_RT = (mixing_RR @ hidden_RT.to(mixing_RR.dtype)).to(x.dtype)
             ctx.save_for_backward(hidden_RT)
-            ctx.factors, ctx.add_gradient, ctx.x_shape = (left_OR, right_RI, mixing_RR), add_gradient, x.shape
-            if result.dtype == x.dtype:
+            ctx.frozen, ctx.add_gradient, ctx.x_shape = (right_RI, mixing_RR), add_gradient, x.shape
+            return (mixing_RR @ hidden_RT.to(mixing_RR.dtype)).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_RT):
+        (hidden_RT,), (right_RI, mixing_RR) = ctx.saved_tensors, ctx.frozen
+        grad_x = None
+        with without_autocast(grad_RT):
+            grad_RT = grad_RT.to(mixing_RR.dtype)
+            if ctx.add_gradient is not None:
+                ctx.add_gradient(grad_RT @ hidden_RT.mT.to(mixing_RR.dtype))
+            if ctx.needs_input_grad[0]:
+                grad_x = ((mixing_RR.mT @ grad_RT).to(right_RI.dtype).mT @ right_RI).view(ctx.x_shape)
+        return grad_x, None, None, None
+
+
+class AddUpdate(torch.autograd.Function):
+    """
+    `result + U S (R V^T x)`. Nothing is kept for the backward pass.
+
+    Args:
+        result (`torch.Tensor`): The base layer's output, shape `(..., out_features)`.
+        mixed_RT (`torch.Tensor`): R V^T x, a column for each token, shape `(r, tokens)`.
+        left_OR (`torch.Tensor`): U S, shape `(out_features, r)`, device and dtype of `mixed_RT`.
+    """
+
+    @staticmethod
+    def forward(ctx, result, mixed_RT, left_OR):
+        ctx.left_OR = left_OR
+        with without_autocast(result):
+            if result.dtype == left_OR.dtype:
                 # One pass over the output, and one rounding.
-                return torch.addmm(_columns(result).mT, mixed_RT.mT, left_OR.mT).view(result.shape)
+                return torch.addmm(columns(result).mT, mixed_RT.mT, left_OR.mT).view(result.shape)
             return result + (mixed_RT.mT @ left_OR.mT).view(result.shape).to(result.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        (hidden_RT,), (left_OR, right_RI, mixing_RR) = ctx.saved_tensors, ctx.factors
-        grad_x = None
         with without_autocast(grad):
-            grad_mixed_RT = (left_OR.mT @ _columns(grad).to(left_OR.dtype)).to(mixing_RR.dtype)
-            if ctx.add_gradient is not None:
-                ctx.add_gradient(grad_mixed_RT @ hidden_RT.mT.to(mixing_RR.dtype))
-            if ctx.needs_input_grad[1]:
-                grad_hidden_RT = (mixing_RR.mT @ grad_mixed_RT).to(right_RI.dtype)
-                grad_x = (grad_hidden_RT.mT @ right_RI).view(ctx.x_shape)
-        return grad, grad_x, None, None, None, None
+            return grad, ctx.left_OR.mT @ columns(grad).to(ctx.left_OR.dtype), None
 
 
 def without_autocast(like: torch.Tensor) -> AbstractContextManager:
@@ -112,6 +134,6 @@ def without_autocast(like: torch.Tensor) -> AbstractContextManager:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def _columns(hidden: torch.Tensor) -> torch.Tensor:
-    """Hidden states of tokens as the columns of a matrix, as the equations have them."""
+def columns(hidden: torch.Tensor) -> torch.Tensor:
+    """Returns hidden states as the equations have them: a column for each token, shape `(features, tokens)`."""
     return hidden.reshape(-1, hidden.shape[-1]).mT

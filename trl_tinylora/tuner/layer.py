@@ -12,9 +12,9 @@ from transformers.pytorch_utils import Conv1D
 from ..distributed import is_partitioned, put, standing
 from ..maths.decomposition import sum_of_outer_products
 from .bank import TinyLoraBank, TinyLoraLayer
-from .gradient import AddUpdate
+from .gradient import AddUpdate, MixedHidden
 from .merging import merged_weight, refuse_not_finite, restore, set_aside
-from .mixed_batch import update_of_rows
+from .mixed_batch import mixed_of_rows
 from .plan import Plan
 from .values import Vectors
 
@@ -113,22 +113,28 @@ class Linear(nn.Module, TinyLoraLayer):
             self.unmerge()
         if self.disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
-        return self._add_updates(self.base_layer(x, *args, **kwargs), x)
+        updates = self._updates(x)
+        result = self.base_layer(x, *args, **kwargs)
+        for mixed_RT, left_OR in updates:
+            result = AddUpdate.apply(result, mixed_RT, left_OR)
+        return result
 
     # Traced by torch.compile, the gradient of R would be lost: it goes to a buffer, which a graph does not have.
     @torch.compiler.disable
-    def _add_updates(self, result: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def _updates(self, x: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """`R V^T x` of each active adapter, and U S."""
         batch = self._bank[0].mixed_batch
+        updates = []
         if batch is not None:
             for plan, mixing_BRR in batch.of(self.name, x):
                 left_OR, right_RI = self._factors_like(plan, x)
-                result = result + update_of_rows(x, left_OR, mixing_BRR, right_RI).to(result.dtype)
-            return result
+                updates.append((mixed_of_rows(x, right_RI, mixing_BRR), left_OR))
+            return updates
         for vectors, index in filter(None, map(self.place, self.active_adapters)):
             left_OR, right_RI = self._factors_like(vectors.plan, x)
             mixing_RR, add_gradient = vectors.mixing_of_pass(index), vectors.gradient_hook(index)
-            result = AddUpdate.apply(result, x, left_OR, right_RI, mixing_RR, add_gradient)
-        return result
+            updates.append((MixedHidden.apply(x, right_RI, mixing_RR, add_gradient), left_OR))
+        return updates
 
     def _factors_like(self, plan: Plan, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         key = plan.factor_key(self.name), x.device, x.dtype

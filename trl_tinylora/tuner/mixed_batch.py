@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from typing import Optional
 
 import torch
-import torch.nn.functional as F
 
 from ..maths.decomposition import mix
-from .gradient import without_autocast
+from .gradient import columns, without_autocast
 from .plan import Plan
 from .values import Vectors
 
@@ -67,16 +66,13 @@ class MixedBatch:
         return iter(self._mixing_BRR.get(module, {}).items())
 
 
-def update_of_rows(
-    x: torch.Tensor, left_OR: torch.Tensor, mixing_BRR: torch.Tensor, right_RI: torch.Tensor
-) -> torch.Tensor:
-    """Returns `U S R V^T x` with an R for each row."""
+def mixed_of_rows(x: torch.Tensor, right_RI: torch.Tensor, mixing_BRR: torch.Tensor) -> torch.Tensor:
+    """Returns `R V^T x` with an R for each row, a column for each token of all rows: shape `(r, tokens)`."""
     with without_autocast(x):
-        hidden_R = F.linear(x, right_RI).to(torch.promote_types(x.dtype, mixing_BRR.dtype))
-        # As (rows, tokens, r), whatever stands between the rows and the last dimension.
-        hidden_BTR = hidden_R.reshape(len(x), -1, hidden_R.shape[-1])
-        mixed_R = torch.bmm(hidden_BTR, mixing_BRR.to(x.device, hidden_R.dtype).mT).reshape(hidden_R.shape)
-        return F.linear(mixed_R.to(x.dtype), left_OR)
+        hidden_RT = (right_RI @ columns(x)).to(torch.promote_types(x.dtype, mixing_BRR.dtype))
+        # The tokens of a row follow one another, whatever stands between the rows and the last dimension.
+        mixed_RBT = torch.einsum("bij,jbt->ibt", mixing_BRR.to(hidden_RT), hidden_RT.unflatten(1, (len(x), -1)))
+        return mixed_RBT.flatten(1).to(x.dtype)
 
 
 def _part(plan: Plan, adapters: list[Optional[Vectors]]) -> tuple[list[int], torch.Tensor]:

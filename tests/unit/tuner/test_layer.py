@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trl_tinylora import TinyLoraConfig
 from trl_tinylora.tuner.bank import TinyLoraBank
-from trl_tinylora.tuner.gradient import AddUpdate
+from trl_tinylora.tuner.gradient import MixedHidden
 from trl_tinylora.tuner.layer import Linear
 from trl_tinylora.tuner.values import Vectors
 
@@ -259,6 +259,21 @@ def test_the_arithmetic_is_the_formulas_and_no_more(tiny_qwen2):
     assert 0 <= added - formulas <= 2 * 2 * len(shapes) * RANK**2
 
 
+def test_a_checkpoint_recomputes_no_product_that_the_frozen_base_does_not(tiny_qwen2):
+    counted = {}
+    for kind in ("base", "ours", "LoRA"):
+        model = adapted_by(kind, tiny_qwen2())
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        counted[kind] = count_flops(model)
+    shapes = shapes_of(tiny_qwen2())
+    # As above, and the products of the forward pass once more.
+    formulas = 2 * TOKENS * sum(3 * (RANK * (n_out + n_in) + RANK**2) + RANK**2 for n_out, n_in in shapes)
+
+    assert counted["ours"] - counted["base"] <= formulas + 2 * 2 * len(shapes) * RANK**2
+    # Control: what is kept behind the last product makes the recomputation of each block include it.
+    assert counted["LoRA"] - counted["base"] > 2 * 2 * TOKENS * shapes[-1].numel()
+
+
 def kept_bytes(kind, base):
     """Bytes that autograd keeps for the backward pass, each storage once, without what the model itself holds."""
     model = adapted_by(kind, base)
@@ -290,14 +305,14 @@ def test_nothing_is_kept_but_r_numbers_a_token_and_module(tiny_qwen2, dtype, mon
     assert added["LoRA"] > 5 * added["ours"]
 
     # Negative control: an input that is kept is seen.
-    forward = AddUpdate.forward
+    forward = MixedHidden.forward
 
-    def keep_input(ctx, result, x, *args):
-        result = forward(ctx, result, x, *args)
+    def keep_input(ctx, x, *args):
+        mixed_RT = forward(ctx, x, *args)
         ctx.save_for_backward(*ctx.to_save, x)
-        return result
+        return mixed_RT
 
-    monkeypatch.setattr(AddUpdate, "forward", staticmethod(keep_input))
+    monkeypatch.setattr(MixedHidden, "forward", staticmethod(keep_input))
     assert kept_bytes("ours", tiny_qwen2().to(dtype)) - base > 5 * rank_r
 
 
@@ -339,7 +354,7 @@ def test_a_compiled_model_gives_the_same_outputs_and_gradients(backend):
 
 def test_traced_the_gradient_of_r_would_be_lost(monkeypatch):
     # Negative control of the above: why these two are kept out of the graphs.
-    for owner, name in ((Linear, "_add_updates"), (TinyLoraBank, "before_first_block")):
+    for owner, name in ((Linear, "_updates"), (TinyLoraBank, "before_first_block")):
         monkeypatch.setattr(owner, name, getattr(owner, name).__wrapped__)
 
     ((compiled, eager), _) = compiled_and_eager("eager")
