@@ -15,7 +15,7 @@ help:
 	@echo "make compare       RL against SFT on the toy, quick preset"
 	@echo "make compare-full  every arm, size and control, 3 seeds; within an hour on two cores"
 	@echo "make test          the tests, on CPU, without network"
-	@echo "make test-distributed  every launcher, tying, checkpointing and accumulation; about an hour"
+	@echo "make test-distributed  every launcher, tying, checkpointing and accumulation; about half an hour"
 	@echo "make bench         every row of docs/benchmarks.md; on a quiet machine"
 	@echo "make results       tables, figures and the tree of files in README and docs, from the committed JSON"
 	@echo "make quality       linter; make style fixes what it can"
