@@ -180,11 +180,7 @@ class TinyLoraConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)
 
     def warn_if_redundant(self, modules_per_group: int) -> None:
-        """Warns where a group has more trained values than directions to move in.
-
-        Args:
-            modules_per_group (`int`): Modules in the largest group.
-        """
+        """Warns where a group, of this many modules, has more trained values than directions to move in."""
         freedom = self.r**2 * modules_per_group
         if self.u > freedom:
             warnings.warn(
@@ -283,21 +279,12 @@ class TinyLoraConfig(PeftConfig):
         return config
 
     def to_dict(self) -> dict:
-        """Returns the fields that are saved, those that follow from a model as of the adapter last saved with them.
-
-        Returns:
-            `dict`
-        """
+        """Returns the fields that are saved, those that follow from a model as of the adapter last saved with them."""
         is_written = self._saved is not None and self._saved.folder is None
         return super().to_dict() | (self._saved.fields() if is_written else {})
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """Writes adapter_config.json, whole or not at all, and what the adapter is into the folder's model card.
-
-        Args:
-            save_directory (`str`): The folder.
-            **kwargs: As PEFT's.
-        """
+        """Writes adapter_config.json, whole or not at all, and what the adapter is into the folder's model card."""
         if os.path.isfile(save_directory):
             # PEFT says what is wrong.
             super().save_pretrained(save_directory, **kwargs)

@@ -44,16 +44,7 @@ BUSY_LOOP = [sys.executable, "-c", "while True: pass"]
 
 
 def shapes_of(hidden: int, intermediate: int, key_values: int) -> dict[str, tuple[int, int]]:
-    """
-    The seven weights of a layer of Llama or Qwen2.
-
-    Args:
-        hidden (`int`): Hidden size.
-        intermediate (`int`): Width of the MLP.
-        key_values (`int`): Width of the keys and of the values.
-    Returns:
-        `dict[str, tuple[int, int]]`: `(out_features, in_features)` by name, in the order of `KINDS`.
-    """
+    """The seven weights of a layer of Llama or Qwen2."""
     outputs = [hidden, key_values, key_values, hidden, intermediate, intermediate, hidden]
     return {
         kind: (rows, intermediate if kind == KINDS[-1] else hidden) for kind, rows in zip(KINDS, outputs, strict=True)
@@ -83,16 +74,7 @@ def with_spectrum(shape: tuple[int, int], sigma: np.ndarray, seed: int = 0) -> t
 
 
 def layer_of(depth: int, shapes: dict[str, tuple[int, int]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """
-    The weights of a layer with SmolLM2's spectra.
-
-    Args:
-        depth (`int`): Which of its layers.
-        shapes (`dict[str, tuple[int, int]]`): Shape of each weight.
-        dtype (`torch.dtype`): Of the weights.
-    Returns:
-        `dict[str, torch.Tensor]`: By name.
-    """
+    """The weights of a layer with SmolLM2's spectra."""
     with np.load(DATA) as spectra:
         return {
             kind: with_spectrum(shape, spectra[f"layers.{depth}.{kind}"]).to(DEVICE, dtype)
@@ -101,24 +83,12 @@ def layer_of(depth: int, shapes: dict[str, tuple[int, int]], dtype: torch.dtype)
 
 
 def full_svd(weight_OI: torch.Tensor) -> None:
-    """
-    What PEFT computes of each weight.
-
-    Args:
-        weight_OI (`torch.Tensor`): The weight.
-    """
+    """What PEFT computes of each weight."""
     torch.linalg.svd(weight_OI.float(), full_matrices=False)
 
 
 def build_seconds(weights: dict[str, torch.Tensor]) -> float:
-    """
-    Seconds to build an adapter's frozen factors, on as many threads as torch has.
-
-    Args:
-        weights (`dict[str, torch.Tensor]`): By name.
-    Returns:
-        `float`
-    """
+    """Seconds to build an adapter's frozen factors, on as many threads as torch has."""
     layers = {name.replace(".", "_"): nn.Linear(1, 1, bias=False) for name in weights}
     for layer, weight in zip(layers.values(), weights.values(), strict=True):
         layer.weight = nn.Parameter(weight, requires_grad=False)
@@ -127,12 +97,7 @@ def build_seconds(weights: dict[str, torch.Tensor]) -> float:
 
 @contextmanager
 def busy_cores(count: int) -> Iterator[None]:
-    """
-    Keeps cores busy with another process each.
-
-    Args:
-        count (`int`): How many.
-    """
+    """Keeps cores busy with another process each."""
     processes = [subprocess.Popen(BUSY_LOOP) for _ in range(count)]
     try:
         yield
@@ -143,15 +108,7 @@ def busy_cores(count: int) -> Iterator[None]:
 
 
 def measure_layers(shapes: dict[str, tuple[int, int]], arguments: argparse.Namespace) -> tuple[list[Row], dict]:
-    """
-    The singular vectors of a large layer's weights, one thread, and of a whole model on all cores.
-
-    Args:
-        shapes (`dict[str, tuple[int, int]]`): Shape of each weight.
-        arguments (`argparse.Namespace`): The command line's.
-    Returns:
-        `tuple[list[Row], dict]`
-    """
+    """The singular vectors of a large layer's weights, one thread, and of a whole model on all cores."""
     ours, theirs, models = {}, {}, []
     for depth in tqdm(DEPTHS[: arguments.depths], desc="layers"):
         weights = layer_of(depth, shapes, getattr(torch, arguments.dtype))
@@ -209,14 +166,7 @@ def measure_layers(shapes: dict[str, tuple[int, int]], arguments: argparse.Names
 
 
 def measure_small(arguments: argparse.Namespace) -> tuple[list[Row], dict]:
-    """
-    A small real model's weights: against a full SVD that is as exact, and beside processes that keep all cores busy.
-
-    Args:
-        arguments (`argparse.Namespace`): The command line's.
-    Returns:
-        `tuple[list[Row], dict]`
-    """
+    """A small real model's weights: against a full SVD that is as exact, and beside processes that keep cores busy."""
     weights = {
         f"{depth}.{kind}": weight_OI
         for depth in DEPTHS[: arguments.depths]
@@ -263,14 +213,7 @@ def measure_small(arguments: argparse.Namespace) -> tuple[list[Row], dict]:
 
 
 def hard_spectra(count: int) -> dict[str, np.ndarray]:
-    """
-    Singular values to measure angles on.
-
-    Args:
-        count (`int`): How many a weight has.
-    Returns:
-        `dict[str, np.ndarray]`: float64, largest first, by name.
-    """
+    """Singular values to measure angles on."""
     place = np.arange(count)
     return {
         "power law": (place + 1) ** -0.5,
@@ -303,14 +246,7 @@ def worst_angle(weight_OI: torch.Tensor) -> float:
 
 
 def measure_accuracy(size: int) -> tuple[list[Row], dict]:
-    """
-    Angles, for real and for hard spectra, shapes and dtypes.
-
-    Args:
-        size (`int`): Smaller side of the weights.
-    Returns:
-        `tuple[list[Row], dict]`
-    """
+    """Angles, for real and for hard spectra, shapes and dtypes."""
     with np.load(DATA) as real:
         spectra = {**hard_spectra(size), **{name: real[name] for name in real if ".15." in name}}
     angles = {}
@@ -329,14 +265,7 @@ def measure_accuracy(size: int) -> tuple[list[Row], dict]:
 
 
 def measure_memory(shapes: dict[str, tuple[int, int]]) -> tuple[list[Row], dict]:
-    """
-    The most bytes beside a weight, over its own.
-
-    Args:
-        shapes (`dict[str, tuple[int, int]]`): Shape of each weight.
-    Returns:
-        `tuple[list[Row], dict]`
-    """
+    """The most bytes beside a weight, over its own."""
     shares, total = {}, {}
     for dtype in (torch.float32, torch.bfloat16):
         weights = layer_of(DEPTHS[0], shapes, dtype)
@@ -357,14 +286,7 @@ def measure_memory(shapes: dict[str, tuple[int, int]]) -> tuple[list[Row], dict]
 
 
 def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict]:
-    """
-    Runs all measurements.
-
-    Args:
-        arguments (`argparse.Namespace`): The command line's.
-    Returns:
-        `tuple[list[Row], dict]`
-    """
+    """Runs all measurements."""
     shapes = shapes_of(arguments.hidden, arguments.intermediate, arguments.key_values)
     measured = {
         "layers": measure_layers(shapes, arguments),

@@ -30,17 +30,7 @@ TYINGS = {"13 values": {"n_tie": "all", "u": 13}, "a value a module": {}}
 
 
 def one_weight(rows: int, columns: int, seed: int, device: str) -> peft.PeftModel:
-    """
-    A linear layer in bfloat16 with an adapter: noise of 0.02 and two singular values far above it.
-
-    Args:
-        rows (`int`): Its outputs.
-        columns (`int`): Its inputs.
-        seed (`int`): Of the weight.
-        device (`str`): Where it is.
-    Returns:
-        `peft.PeftModel`
-    """
+    """A linear layer in bfloat16 with an adapter: noise of 0.02 and two singular values far above it."""
     generator = torch.Generator().manual_seed(seed)
     noise, left, right = (
         torch.randn(shape, generator=generator) for shape in ((rows, columns), (rows, 2), (columns, 2))
@@ -54,29 +44,14 @@ def one_weight(rows: int, columns: int, seed: int, device: str) -> peft.PeftMode
 
 @torch.no_grad()
 def set_values(model: peft.PeftModel, size: float, seed: int = 0) -> None:
-    """
-    Gives the adapter random values.
-
-    Args:
-        model (`peft.PeftModel`): With an adapter.
-        size (`float`): Their standard deviation; a single one is of this size.
-        seed (`int`, *optional*, defaults to 0): Of the draw.
-    """
+    """Gives the adapter random values."""
     values_GK = model.base_model.bank.trl_tinylora_v["default"].values_GK
     drawn = torch.randn(values_GK.shape, generator=torch.Generator().manual_seed(seed))
     values_GK.copy_(size * (drawn if drawn.numel() > 1 else torch.ones_like(drawn)))
 
 
 def measure_estimates(arguments: argparse.Namespace, device: str) -> list[dict]:
-    """
-    Share and median over all entries and over a part of them, for every size of the values and several weights.
-
-    Args:
-        arguments (`argparse.Namespace`): `rows`, `columns`, `entries` and `weights`.
-        device (`str`): Where to compute.
-    Returns:
-        `list[dict]`
-    """
+    """Share and median over all entries and over a part of them, for every size of the values and several weights."""
     found = []
     for seed in range(arguments.weights):
         model = one_weight(arguments.rows, arguments.columns, seed, device)
@@ -98,15 +73,7 @@ def measure_estimates(arguments: argparse.Namespace, device: str) -> list[dict]:
 
 
 def measure_times(arguments: argparse.Namespace, device: str) -> dict[str, list[float]]:
-    """
-    Seconds of the estimate, and of merging the same weight and putting it back.
-
-    Args:
-        arguments (`argparse.Namespace`): `rows`, `columns`, `entries` and `repeats`.
-        device (`str`): Where to compute.
-    Returns:
-        `dict[str, list[float]]`: `estimate` and `merge`, in turns.
-    """
+    """Seconds of the estimate, and of merging the same weight and putting it back."""
     model = one_weight(arguments.rows, arguments.columns, 0, device)
     set_values(model, 1e-3)
 
@@ -119,14 +86,7 @@ def measure_times(arguments: argparse.Namespace, device: str) -> dict[str, list[
 
 
 def toy_texts(arguments: argparse.Namespace) -> list[str]:
-    """
-    Problems of the toy's test rows with their answers.
-
-    Args:
-        arguments (`argparse.Namespace`): `data` and `texts`.
-    Returns:
-        `list[str]`
-    """
+    """Problems of the toy's test rows with their answers."""
     tokenizer = AutoTokenizer.from_pretrained(arguments.toy)
     with open(arguments.data, encoding="utf-8") as lines:
         rows = [json.loads(line) for line, _ in zip(lines, range(arguments.texts), strict=False)]
@@ -139,14 +99,7 @@ def toy_texts(arguments: argparse.Namespace) -> list[str]:
 
 
 def in_float32(model: nn.Module) -> nn.Module:
-    """
-    Widens a model's weights, which changes no number.
-
-    Args:
-        model (`torch.nn.Module`): Changed.
-    Returns:
-        `torch.nn.Module`: The same.
-    """
+    """Widens a model's weights, which changes no number."""
     # Not `model.float()` of a model that was cast as a whole: buffers would have been rounded too.
     for parameter in model.parameters():
         parameter.data = parameter.data.float()
@@ -155,28 +108,12 @@ def in_float32(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def log_probabilities(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """
-    What a model makes of the next token at every place of the texts.
-
-    Args:
-        model (`torch.nn.Module`): The model.
-        batch (`dict[str, torch.Tensor]`): `input_ids` and `attention_mask`.
-    Returns:
-        `torch.Tensor` of shape `(tokens, vocabulary)`, float64.
-    """
+    """What a model makes of the next token at every place of the texts."""
     return model(**batch).logits[batch["attention_mask"].bool()].double().log_softmax(-1)
 
 
 def divergence(logs: torch.Tensor, others: torch.Tensor) -> float:
-    """
-    The mean of KL(p || q) over the places.
-
-    Args:
-        logs (`torch.Tensor`): Logarithms of p.
-        others (`torch.Tensor`): Logarithms of q.
-    Returns:
-        `float`
-    """
+    """The mean of KL(p || q) over the places."""
     return (logs.exp() * (logs - others)).sum(-1).mean().item()
 
 
@@ -185,12 +122,6 @@ def measure_samples(arguments: argparse.Namespace, device: str) -> list[dict]:
     Distances of sampler and base from the policy on the toy, for every size of the values.
 
     All three compute in float32 on numbers of bfloat16, but for the policy's update: the merge is the only difference.
-
-    Args:
-        arguments (`argparse.Namespace`): `toy`, `data` and `texts`.
-        device (`str`): Where to compute.
-    Returns:
-        `list[dict]`
     """
     tokenizer = AutoTokenizer.from_pretrained(arguments.toy)
     batch = dict(tokenizer(toy_texts(arguments), return_tensors="pt", padding=True).to(device))
@@ -225,14 +156,7 @@ def measure_samples(arguments: argparse.Namespace, device: str) -> list[dict]:
 
 
 def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict]:
-    """
-    All of it.
-
-    Args:
-        arguments (`argparse.Namespace`): The command line's.
-    Returns:
-        `tuple[list[Row], dict]`
-    """
+    """All of it."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = f"a {arguments.rows} x {arguments.columns} weight in bfloat16"
     estimates, samples = measure_estimates(arguments, device), measure_samples(arguments, device)

@@ -68,14 +68,7 @@ def synchronize() -> None:
 
 
 def seconds(action: Callable[[], object]) -> float:
-    """
-    How long a call takes, the GPU's work included.
-
-    Args:
-        action (`Callable`): Takes no arguments.
-    Returns:
-        `float`
-    """
+    """How long a call takes, the GPU's work included."""
     synchronize()
     start = time.perf_counter()
     action()
@@ -84,16 +77,7 @@ def seconds(action: Callable[[], object]) -> float:
 
 
 def in_turns(actions: dict[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
-    """
-    Seconds of several actions, each once a round, in an order that turns by one place from round to round.
-
-    Args:
-        actions (`dict[str, Callable]`): By name; none takes arguments.
-        repeats (`int`): Number of rounds.
-        warmup (`int`, *optional*, defaults to 1): Rounds before that are not timed.
-    Returns:
-        `dict[str, list[float]]`: By name, the seconds of each round.
-    """
+    """Seconds of several actions, each once a round, in an order that turns by one place from round to round."""
     names = list(actions)
     times: dict[str, list[float]] = {name: [] for name in names}
     for round_number in range(-warmup, repeats):
@@ -106,15 +90,7 @@ def in_turns(actions: dict[str, Callable[[], object]], repeats: int, warmup: int
 
 
 def ratio_of(over: list[float], under: list[float]) -> tuple[float, list[float]]:
-    """
-    Median and range of the ratios of two actions' times, round by round.
-
-    Args:
-        over (`list[float]`): Seconds of one, as [`in_turns`] returns.
-        under (`list[float]`): Seconds of the other.
-    Returns:
-        `tuple[float, list[float]]`: The median, and the smallest and the largest.
-    """
+    """Median and range of the ratios of two actions' times, round by round."""
     ratios = [a / b for a, b in zip(over, under, strict=True)]
     return statistics.median(ratios), [min(ratios), max(ratios)]
 
@@ -163,15 +139,7 @@ def tensor_bytes() -> int:
 
 
 def random_qwen2(hidden: int, layers: int) -> Qwen2ForCausalLM:
-    """
-    A small Qwen2 with random weights from a fixed seed, on the GPU where there is one.
-
-    Args:
-        hidden (`int`): Hidden size, a multiple of 64.
-        layers (`int`): Its layers, of seven linear modules each.
-    Returns:
-        `Qwen2ForCausalLM`
-    """
+    """A small Qwen2 with random weights from a fixed seed, on the GPU where there is one."""
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=2048,
@@ -186,15 +154,7 @@ def random_qwen2(hidden: int, layers: int) -> Qwen2ForCausalLM:
 
 
 def parser_of(document: str, name: str) -> argparse.ArgumentParser:
-    """
-    A parser with the options that every benchmark has.
-
-    Args:
-        document (`str`): The script's docstring.
-        name (`str`): Name of its record in `results/`.
-    Returns:
-        `argparse.ArgumentParser`
-    """
+    """A parser with the options that every benchmark has."""
     parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     parser.add_argument("--output", type=Path, default=RESULTS / f"{name}.json", help="JSON file to write")
@@ -202,16 +162,7 @@ def parser_of(document: str, name: str) -> argparse.ArgumentParser:
 
 
 def run(name: str, arguments: argparse.Namespace, measure: Callable[[argparse.Namespace], tuple[list[Row], dict]]):
-    """
-    Measures, prints the rows, and writes the record whole or not at all.
-
-    Args:
-        name (`str`): Name of the record.
-        arguments (`argparse.Namespace`): Of a parser from [`parser_of`].
-        measure (`Callable`): Takes the arguments; returns the rows and everything else that was measured.
-    Returns:
-        `dict`: The record.
-    """
+    """Measures, prints the rows, and writes the record whole or not at all."""
     torch.set_num_threads(arguments.threads)
     provenance, start = read_provenance(), time.perf_counter()
     rows, details = measure(arguments)
@@ -229,14 +180,7 @@ def run(name: str, arguments: argparse.Namespace, measure: Callable[[argparse.Na
 
 
 def table(records: list[dict]) -> str:
-    """
-    The rows of records as Markdown.
-
-    Args:
-        records (`list[dict]`): As [`run`] writes them.
-    Returns:
-        `str`
-    """
+    """The rows of records as Markdown."""
     lines = ["| what | ours | other | ratio (range) | machine | script |", "|---|--:|--:|--:|---|---|"]
     for record in records:
         for row in record["rows"]:
@@ -267,14 +211,7 @@ def short_table(records: list[dict]) -> str:
 
 
 def missed(record: dict) -> list[str]:
-    """
-    What a record says of the bounds that were asked of it and do not hold.
-
-    Args:
-        record (`dict`): As [`run`] writes it.
-    Returns:
-        `list[str]`: A line for each.
-    """
+    """What a record says of the bounds that were asked of it and do not hold."""
     return [f"not within its bound ({row['bound']}): {row['claim']}" for row in record["rows"] if row["holds"] is False]
 
 
@@ -295,15 +232,7 @@ def _machine(record):
 
 
 def amount(value: float, unit: str) -> str:
-    """
-    A figure with its unit, for people.
-
-    Args:
-        value (`float`): In seconds or bytes, or without a unit.
-        unit (`str`): `"s"`, `"bytes"` or `""`.
-    Returns:
-        `str`
-    """
+    """A figure with its unit, for people."""
     if unit == "bytes":
         for size, prefix in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
             if abs(value) >= size:

@@ -33,12 +33,7 @@ print(json.dumps({"peft": middle - start, "trl_tinylora": end - middle, "modules
 
 
 def import_once() -> dict:
-    """
-    Imports both in a new process.
-
-    Returns:
-        `dict`: Seconds of `peft` and of `trl_tinylora` after it, and the `modules` that the second one loaded.
-    """
+    """Imports both in a new process."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     answer = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, stdout=subprocess.PIPE, check=True)
@@ -46,14 +41,7 @@ def import_once() -> dict:
 
 
 def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict]:
-    """
-    Measures.
-
-    Args:
-        arguments (`argparse.Namespace`): `repeats` is the number of processes.
-    Returns:
-        `tuple[list[Row], dict]`: The row, and all seconds.
-    """
+    """Measures."""
     import_once()
     found = [import_once() for _ in range(arguments.repeats)]
     seconds = {name: [each[name] for each in found] for name in ("peft", "trl_tinylora")}

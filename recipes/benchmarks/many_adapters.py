@@ -34,15 +34,7 @@ def pefts_config() -> peft.TinyLoraConfig:
 
 
 def measure_adding(arguments: argparse.Namespace) -> dict:
-    """Returns bytes and milliseconds of each further adapter, ours and PEFT's in turns.
-
-    Args:
-        arguments (`argparse.Namespace`): `adapters` is how many are added to each model.
-
-    Returns:
-        `dict`: For `"trl_tinylora"` and `"peft"` milliseconds (median of the first and of the last ten), bytes of
-        tensors and of Python objects per adapter, and the trained values of one.
-    """
+    """Returns bytes and milliseconds of each further adapter, ours and PEFT's in turns."""
     configs = {"trl_tinylora": our_config, "peft": pefts_config}
     models = {
         name: peft.get_peft_model(random_qwen2(arguments.hidden, arguments.layers).eval(), config())
@@ -72,14 +64,7 @@ def measure_adding(arguments: argparse.Namespace) -> dict:
 
 
 def measure_adding_thousands(arguments: argparse.Namespace) -> dict:
-    """Returns what the first and the last of many thousand adapters cost; ours alone, PEFT's would take hours.
-
-    Args:
-        arguments (`argparse.Namespace`): `thousands` is how many thousand adapters are added.
-
-    Returns:
-        `dict`: Milliseconds per adapter in the first and in the last thousand, and milliseconds of a switch then.
-    """
+    """Returns what the first and the last of many thousand adapters cost; ours alone, PEFT's would take hours."""
     model = peft.get_peft_model(random_qwen2(arguments.hidden, arguments.layers).eval(), our_config())
     per_thousand = []
     for thousand in range(arguments.thousands):
@@ -99,15 +84,7 @@ def measure_adding_thousands(arguments: argparse.Namespace) -> dict:
 
 @torch.no_grad()
 def measure_mixed_batch(arguments: argparse.Namespace) -> dict:
-    """Returns the throughput of a batch with an adapter for each row over that of the same batch with one adapter.
-
-    Args:
-        arguments (`argparse.Namespace`): `rows`, `tokens`, `new_tokens` and `repeats`.
-
-    Returns:
-        `dict`: For a forward pass and for generation the median milliseconds of both and the median ratio of the
-        throughputs; and the largest difference between a row and its adapter alone beside the largest logit.
-    """
+    """Returns the throughput of a batch with an adapter for each row over that of the same batch with one adapter."""
     model = peft.get_peft_model(random_qwen2(arguments.hidden, arguments.layers).eval(), our_config())
     names = [f"row{row}" for row in range(arguments.rows)]
     for seed, name in enumerate(names):
@@ -156,15 +133,7 @@ def measure_mixed_batch(arguments: argparse.Namespace) -> dict:
 
 
 def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict]:
-    """
-    Runs all measurements.
-
-    Args:
-        arguments (`argparse.Namespace`): The command line's.
-
-    Returns:
-        `tuple[list[Row], dict]`: The rows, and everything measured.
-    """
+    """Runs all measurements."""
     # PEFT tells of its experimental parts, not of anything measured here.
     warnings.simplefilter("ignore")
     details = {
@@ -176,15 +145,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict]:
 
 
 def rows_of(details: dict) -> list[Row]:
-    """
-    The claims.
-
-    Args:
-        details (`dict`): What was measured.
-
-    Returns:
-        `list[Row]`
-    """
+    """The claims."""
     adding, many, mixed = details["adding"], details["thousands"], details["mixed_batch"]
     ours, theirs = adding["trl_tinylora"], adding["peft"]
     name = "PEFT's TinyLoRA"

@@ -91,15 +91,7 @@ def measure_held(model: peft.PeftModel) -> int:
 
 
 def measure_drift(models: dict[str, peft.PeftModel], value: float, cycles: dict[str, int]) -> dict[str, float]:
-    """The share of a weight's entries that are not what they were after cycles with changing values.
-
-    Args:
-        models (`dict[str, peft.PeftModel]`): As [`adapted`] returns.
-        value (`float`): Every cycle has a value within plus or minus this one.
-        cycles (`dict[str, int]`): How many, by name.
-    Returns:
-        `dict[str, float]`
-    """
+    """The share of a weight's entries that are not what they were after cycles with changing values."""
     changed = {}
     for name, model in models.items():
         before, generator = weight_of(model).clone(), torch.Generator().manual_seed(1)

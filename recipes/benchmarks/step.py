@@ -41,15 +41,7 @@ BOUNDS = {LORA: 1.0, PEFTS: None}
 
 
 def make_base(arguments: argparse.Namespace, dtype: torch.dtype) -> nn.Module:
-    """
-    The frozen base: the first blocks of a pretrained model, or random ones.
-
-    Args:
-        arguments (`argparse.Namespace`): The folder, or the sizes.
-        dtype (`torch.dtype`): Of the weights.
-    Returns:
-        `torch.nn.Module`
-    """
+    """The frozen base: the first blocks of a pretrained model, or random ones."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.model:
         base = AutoModel.from_pretrained(arguments.model, num_hidden_layers=arguments.layers, dtype=dtype)
@@ -70,14 +62,7 @@ def make_base(arguments: argparse.Namespace, dtype: torch.dtype) -> nn.Module:
 
 
 def make_models(base: nn.Module) -> dict[str, nn.Module]:
-    """
-    The frozen base and its adapted copies, with drawn values.
-
-    Args:
-        base (`torch.nn.Module`): The base.
-    Returns:
-        `dict[str, torch.nn.Module]`: By name; `"base"` is the first.
-    """
+    """The frozen base and its adapted copies, with drawn values."""
     configs = {
         OURS: TinyLoraConfig(r=RANK, target_modules=TARGETS),
         PEFTS: peft.TinyLoraConfig(r=RANK, u=1, weight_tying=0.0, target_modules=TARGETS),
@@ -96,13 +81,7 @@ def make_models(base: nn.Module) -> dict[str, nn.Module]:
 
 
 def set_checkpointing(model: nn.Module, use_reentrant: bool | None) -> None:
-    """
-    Turns gradient checkpointing on or off.
-
-    Args:
-        model (`torch.nn.Module`): The base, or an adapted one.
-        use_reentrant (`bool` or `None`): Which kind; `None` turns it off.
-    """
+    """Turns gradient checkpointing on or off."""
     model.train()
     base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     if use_reentrant is None:
@@ -112,16 +91,7 @@ def set_checkpointing(model: nn.Module, use_reentrant: bool | None) -> None:
 
 
 def step_of(model: nn.Module, inputs: torch.Tensor, grad: torch.Tensor) -> Callable[[], None]:
-    """
-    A forward and a backward pass that leaves nothing behind.
-
-    Args:
-        model (`torch.nn.Module`): The base, or an adapted one.
-        inputs (`torch.Tensor`): Embedded tokens, shape `(1, tokens, hidden)`.
-        grad (`torch.Tensor`): Gradient of the last hidden states, of the same shape.
-    Returns:
-        `Callable`: Takes no arguments.
-    """
+    """A forward and a backward pass that leaves nothing behind."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def step() -> None:
@@ -160,16 +130,7 @@ def saved_bytes(model: nn.Module, inputs: torch.Tensor) -> int:
 
 
 def overheads(models: dict[str, nn.Module], inputs: torch.Tensor, repeats: int) -> dict[str, list[float]]:
-    """
-    Seconds that each adapter adds to the frozen base's, round by round.
-
-    Args:
-        models (`dict[str, torch.nn.Module]`): As [`make_models`] returns them.
-        inputs (`torch.Tensor`): Embedded tokens, shape `(1, tokens, hidden)`.
-        repeats (`int`): Number of rounds.
-    Returns:
-        `dict[str, list[float]]`: By name; under `"base"` the base's own seconds.
-    """
+    """Seconds that each adapter adds to the frozen base's, round by round."""
     grad = torch.randn_like(inputs)
     times = in_turns({name: step_of(model, inputs, grad) for name, model in models.items()}, repeats, warmup=2)
     added = {
@@ -181,15 +142,7 @@ def overheads(models: dict[str, nn.Module], inputs: torch.Tensor, repeats: int) 
 
 
 def ratio_of_medians(over: list[float], under: list[float]) -> tuple[float, list[float]]:
-    """
-    Ratio of two medians, for differences of times, whose single ratios mean little: some denominators are near zero.
-
-    Args:
-        over (`list[float]`): Seconds of one, a number a round.
-        under (`list[float]`): Seconds of the other in the same rounds.
-    Returns:
-        `tuple[float, list[float]]`: The ratio and its 95% interval, by a paired bootstrap of the rounds.
-    """
+    """Ratio of two medians, for differences of times: some denominators of single ratios are near zero."""
 
     def ratio(over, under, axis=-1):
         return np.median(over, axis) / np.median(under, axis)
@@ -201,16 +154,7 @@ def ratio_of_medians(over: list[float], under: list[float]) -> tuple[float, list
 
 
 def time_row(added: dict[str, dict[str, list[float]]], setting: str, whose: str) -> Row:
-    """
-    What [`overheads`] found in the kind of checkpointing that is worst for us, as a line of the table.
-
-    Args:
-        added (`dict[str, dict[str, list[float]]]`): Its result, by kind of checkpointing.
-        setting (`str`): Sizes and dtype, in words.
-        whose (`str`): Whose time ours is compared with.
-    Returns:
-        `Row`
-    """
+    """What [`overheads`] found in the kind of checkpointing that is worst for us, as a line of the table."""
     ratios = {mode: ratio_of_medians(found[OURS], found[whose]) for mode, found in added.items()}
     worst = max(ratios, key=lambda mode: ratios[mode][0])
     ratio, spread = ratios[worst]
@@ -229,16 +173,7 @@ def time_row(added: dict[str, dict[str, list[float]]], setting: str, whose: str)
 
 
 def byte_row(saved: dict[str, int], setting: str, largest: int) -> Row:
-    """
-    What ours keeps for its backward pass beside LoRA's, as a line of the table.
-
-    Args:
-        saved (`dict[str, int]`): Bytes by name, as [`saved_bytes`] counts them.
-        setting (`str`): Sizes and dtype, in words.
-        largest (`int`): Bytes of r numbers for each token and module.
-    Returns:
-        `Row`
-    """
+    """What ours keeps for its backward pass beside LoRA's, as a line of the table."""
     ours, theirs = (saved[name] - saved["base"] for name in (OURS, LORA))
     return Row(
         claim=f"step, {setting}: bytes kept for the backward pass beyond the frozen base's",
@@ -253,14 +188,7 @@ def byte_row(saved: dict[str, int], setting: str, largest: int) -> Row:
 
 
 def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict]:
-    """
-    Runs all measurements.
-
-    Args:
-        arguments (`argparse.Namespace`): The command line's.
-    Returns:
-        `tuple[list[Row], dict]`
-    """
+    """Runs all measurements."""
     # PEFT and transformers tell of renamed arguments and experimental parts, not of anything measured here.
     warnings.simplefilter("ignore")
     rows, details = [], {}

@@ -48,13 +48,6 @@ class MixedBatch:
     def of(self, module: str, x: torch.Tensor) -> Iterator[tuple[Plan, torch.Tensor]]:
         """Returns R of each row for one module, for each pair of factors that a row of the batch uses.
 
-        Args:
-            module (`str`): Name of the module.
-            x (`torch.Tensor`): The module's input, whose first dimension counts the rows.
-
-        Returns:
-            `Iterator[tuple[Plan, torch.Tensor]]`: A plan with these factors, and R of shape `(rows, r, r)`.
-
         Raises:
             ValueError: If the batch has another number of rows.
         """

@@ -71,13 +71,6 @@ class TinyLoraModel(BaseTuner):
         """
         Wraps the target modules; everything that can fail is done before the first module is touched.
 
-        Args:
-            model (`torch.nn.Module`): The base model.
-            adapter_name (`str`): Name of the adapter; its configuration is in `self.peft_config`.
-            autocast_adapter_dtype (`bool`, *optional*): Of no effect: the values are float32.
-            low_cpu_mem_usage (`bool`, *optional*): Whether to create the values on the meta device.
-            state_dict (`dict`, *optional*): Of no effect on the choice of modules, which is the configuration's.
-
         Raises:
             ValueError: If a module cannot be adapted; the message names it.
             NotImplementedError: If the modules do not all lie behind one place where the sink can stand.
