@@ -41,6 +41,7 @@ from trl_tinylora import TinyLoraConfig
 from trl_tinylora.distributed import gathered, whole
 from trl_tinylora.maths.decomposition import mix
 from trl_tinylora.tuner.build import compute_factors
+from trl_tinylora.tuner.gradient import columns
 from trl_tinylora.tuner.layer import Linear
 from trl_tinylora.tuner.values import Vectors
 
@@ -131,16 +132,17 @@ def make_trainer(case, base, rows, output_dir):
 def plain_autograd():
     """Control: the tied values used in every layer, gradients by autograd alone."""
 
-    def add_updates(layer, result, x):
+    def updates(layer, x):
+        found = []
         for vectors, index in filter(None, map(layer.place, layer.active_adapters)):
             left_OR, right_RI = layer.factors_of(vectors.plan)
             one = slice(index, index + 1)
             mixing_RR = mix(vectors.values_GK, vectors.plan.groups_M[one], vectors.plan.projections_MKRR[one])[0]
-            result = result + x @ right_RI.mT @ mixing_RR.mT @ left_OR.mT
-        return result
+            found.append((mixing_RR @ right_RI @ columns(x), left_OR))
+        return found
 
     stack = contextlib.ExitStack()
-    stack.enter_context(mock.patch.object(Linear, "_add_updates", add_updates))
+    stack.enter_context(mock.patch.object(Linear, "_updates", updates))
     stack.enter_context(mock.patch.object(Vectors, "begin_pass", lambda vectors, hidden: hidden))
     return stack
 

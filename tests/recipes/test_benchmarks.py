@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import build, fidelity, harness, imports, many_adapters, merge, step
+from benchmarks import build, fidelity, harness, imports, many_adapters, merge, saved, step
 from records.files import replace_section
 
 
@@ -21,6 +21,7 @@ SMALL = {
     fidelity: "--rows 64 --columns 48 --weights 1 --entries 256 --repeats 1 --texts 2",
     step: "--hidden 64 --key_values 16 --head 16 --intermediate 96 --layers 1 --tokens 8 --repeats 2",
     imports: "--repeats 1",
+    saved: "--tokens 8",
     many_adapters: "--hidden 64 --layers 1 --adapters 2 --thousands 1 --rows 3 --tokens 4 --new_tokens 2 --repeats 2",
 }
 

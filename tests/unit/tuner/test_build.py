@@ -79,7 +79,7 @@ def test_the_number_is_restored_and_the_first_module_named_where_weights_are_dam
 
 
 def test_sharded_weights_are_decomposed_in_order_on_the_calling_thread(model, threads, seen, monkeypatch):
-    monkeypatch.setattr(trl_tinylora.tuner.build, "is_spread", lambda weight: weight is model["wide"].weight)
+    monkeypatch.setattr(trl_tinylora.tuner.build, "is_sharded", lambda weight: weight is model["wide"].weight)
     monkeypatch.setattr(trl_tinylora.tuner.build, "same_on_all", lambda tensors: None)
 
     compute_factors(model, None, list(SIZES), 2)
