@@ -47,7 +47,7 @@ def refuse_tensor_parallel(model: nn.Module) -> None:
     size = getattr(model, "tp_size", None) or 1
     if size > 1:
         raise NotImplementedError(
-            f"the model is split by tensor parallelism over {size} processes, of which none sees a whole layer. Spread "
+            f"the model is split by tensor parallelism over {size} processes, of which none sees a whole layer. Shard "
             "it by FSDP2 (`DistributedConfig(fsdp_size=...)`) or DeepSpeed ZeRO-3."
         )
 
@@ -78,13 +78,13 @@ def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def standing(parameter: nn.Parameter) -> torch.Tensor:
-    """Returns what stands in a parameter's place, as [`put`] will leave it."""
+def local_data(parameter: nn.Parameter) -> torch.Tensor:
+    """Returns what a process holds of a parameter, as [`set_local_data`] will leave it."""
     return parameter.detach().clone() if isinstance(parameter, DTensor) else parameter.data
 
 
-def put(parameter: nn.Parameter, tensor: torch.Tensor) -> None:
-    """Puts a tensor in a parameter's place."""
+def set_local_data(parameter: nn.Parameter, tensor: torch.Tensor) -> None:
+    """Replaces what a process holds of a parameter."""
     if isinstance(parameter, DTensor):
         # FSDP2 gathers from storage of its own, which the parameter only views.
         with torch.no_grad():

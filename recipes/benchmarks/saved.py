@@ -62,7 +62,8 @@ def measure_dtypes(arguments: argparse.Namespace, saved: torch.dtype, loaded: to
     )
     plan = model.base_model.bank.plans[0]
     effect = (adapted[0] - bases[0]).norm().item()
-    return row, {"bytes": sizes, "modules": len(plan.index), "bases": len(plan.singular_bases), "effect": effect} | changes
+    found = {"bytes": sizes, "modules": len(plan.index), "bases": len(plan.singular_bases), "effect": effect}
+    return row, found | changes
 
 
 def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..distributed import is_partitioned, put, standing
+from ..distributed import is_partitioned, local_data, set_local_data
 from ..maths.decomposition import sum_of_outer_products
 from .bank import TinyLoraBank, TinyLoraLayer
 from .gradient import AddUpdate, MixedHidden
@@ -202,7 +202,7 @@ class Linear(nn.Module, TinyLoraLayer):
                 "unmerge inside `with deepspeed.zero.GatheredParameters(list(model.parameters())):`, or load the "
                 "adapter on an ordinary model."
             )
-        former, former_original, former_names = standing(weight), self._original_weight, list(self.merged_adapters)
+        former, former_original, former_names = local_data(weight), self._original_weight, list(self.merged_adapters)
         names = list(dict.fromkeys([*former_names, *names]))
         original = former if former_original is None else former_original
         merged = merged_weight(original, *self._present_update(names, weight.device, weight.dtype))
@@ -210,9 +210,9 @@ class Linear(nn.Module, TinyLoraLayer):
             refuse_not_finite(merged, names)
         try:
             self._note_merge(set_aside(original), names)
-            put(weight, merged)
+            set_local_data(weight, merged)
         except BaseException:
-            put(weight, former)
+            set_local_data(weight, former)
             self._note_merge(former_original, former_names)
             raise
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..distributed import is_partitioned, put, shard_like, whole
+from ..distributed import is_partitioned, set_local_data, shard_like, whole
 from ..maths.decomposition import sum_of_outer_products
 
 
@@ -70,7 +70,7 @@ def restore(weight: nn.Parameter, original: torch.Tensor) -> None:
     """Puts the original in the merged weight's place, bit for bit."""
     # Partitioned again, a weight of ZeRO-3 has lost what was merged into it: its parts are the original's.
     if not is_partitioned(weight):
-        put(weight, original.to(weight.device))
+        set_local_data(weight, original.to(weight.device))
 
 
 def refuse_not_finite(merged: torch.Tensor, names: Sequence[str]) -> None:
