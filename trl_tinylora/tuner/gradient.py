@@ -7,7 +7,7 @@ The gradient of the trained values, which arrives once per backward pass however
 
 A tied vector v is a leaf that hundreds of modules use. Under reentrant checkpointing autograd would accumulate such a
 leaf once per checkpointed block, which breaks DeepSpeed ZeRO-2 and 3 and is silently wrong under DDP. So each module's
-[`MixedHidden`] adds dR to a [`GradientBuffer`], and autograd knows v in one place: [`GradientSink`], in front of the
+[`MixedHidden`] adds dR to a [`GradientBuffer`], and autograd uses v in one place: [`GradientSink`], in front of the
 first adapted block, whose backward pass runs after those of all modules behind it and turns the buffer into dv.
 
 Suffixes as in `maths/decomposition.py`; T counts tokens.
