@@ -17,9 +17,9 @@ from typing import NamedTuple, Optional
 import torch
 
 
-# The full SVD's operations grow with the smaller side squared times the larger one. Up to this it costs less than
-# Lanczos does on the slowest spectrum of a real weight: measured on one core from 192 x 192 to 512 x 512.
-FULL_SVD_BELOW = 2**26
+# The full SVD's operations grow with the smaller side squared times the larger one. Up to this, and for weights narrower
+# than that, it costs less than Lanczos on the slowest spectrum of a real weight (one core, 27 shapes, 64 to 65,536).
+FULL_SVD_BELOW, NARROW = 80_000_000, 256
 # The residual over the largest singular value. A singular vector is right to this over its gap, the distance to the
 # nearest other singular value over the largest one: to 1e-4 where the gap is 1e-3 or more.
 RESIDUAL_TOLERANCE = 1e-7
@@ -81,7 +81,7 @@ def truncated_svd(weight_OI: torch.Tensor, rank: int) -> Factors:
             f"{bad} of {weight_OI.numel()} entries are not finite: the weights are damaged, load them again."
         )
     # Where a good part of all vectors is wanted, the full SVD is as good.
-    is_small = smallest * weight_OI.numel() <= FULL_SVD_BELOW or smallest < 32 * rank
+    is_small = smallest * weight_OI.numel() <= FULL_SVD_BELOW or smallest < max(NARROW, 32 * rank)
     found = None if is_small else leading_triplets(weight_OI, rank)
     left_OR, sigma, right_RI = _full_svd(weight_OI, rank) if found is None else found[:3]
     sign_R = left_OR.gather(0, left_OR.abs().argmax(dim=0, keepdim=True)).sign().squeeze(0)
