@@ -1,4 +1,4 @@
-.PHONY: help bench compare compare-full test test-distributed results quality style clean
+.PHONY: help bad-inputs bench compare compare-full test test-distributed results quality style clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -18,6 +18,7 @@ help:
 	@echo "make test-distributed  every launcher, tying, checkpointing and accumulation; about half an hour"
 	@echo "make bench         every row of docs/benchmarks.md; on a quiet machine"
 	@echo "make results       tables, figures and the tree of files in README and docs, from the committed JSON"
+	@echo "make bad-inputs    counts the bad inputs that the tests try, by kind"
 	@echo "make quality       linter; make style fixes what it can"
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
@@ -37,6 +38,9 @@ test: $(INSTALLED)
 test-distributed: $(INSTALLED)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -v -m slow tests/distributed
 
+bad-inputs: $(INSTALLED)
+	$(BIN)/python docs/bad_inputs.py
+
 bench: $(INSTALLED)
 	for name in $(BENCHMARKS); do \
 		OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python recipes/benchmark.py $$name || exit 1; \
@@ -49,6 +53,7 @@ results: $(INSTALLED)
 	$(BIN)/python recipes/benchmark.py harness --update_docs docs/benchmarks.md --update_readme README.md
 	$(BIN)/python recipes/tables.py
 	$(BIN)/python docs/tree.py
+	$(BIN)/python docs/bad_inputs.py --update
 
 quality: $(INSTALLED)
 	$(BIN)/ruff check $(RUFF) $(RULES) $(CODE)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import re
 import warnings
 from dataclasses import dataclass
 from enum import Enum
@@ -19,11 +19,24 @@ from .budget import nearest_budget
 from .maths.tying import TYINGS
 from .storage.atomic_write import written_whole
 from .storage.card import describe, put_section
-from .storage.checkpoint import VALUES, SavedAdapter, former_bases, read_folder
+from .storage.checkpoint import (
+    FORMAT,
+    VALUES,
+    SavedAdapter,
+    former_bases,
+    function_of,
+    own_tensors,
+    read_folder,
+    refuse_altered,
+    refuse_pickle,
+    settings_of,
+)
+from .storage.fingerprint import RESTORE, refuse_malformed
 from .tuner.targets import resolve_target_modules, skeleton
 
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import PretrainedConfig
 
@@ -43,6 +56,31 @@ def _check_count(name: str, value: object) -> None:
         raise TypeError(f"`{name}` must be an integer, got {value!r} of type {type(value).__name__}.")
     if value < 1:
         raise ValueError(f"`{name}` must be at least 1, got {value}.")
+
+
+def _check_pattern(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        return
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"`{name}` is no regular expression, {error}: {value!r}.") from error
+
+
+def _check_written_fields(config: TinyLoraConfig) -> None:
+    # Others than the user write these, and a file can hold anything.
+    if config.checkpoint_format not in (None, FORMAT):
+        raise ValueError(
+            f"`checkpoint_format` is {config.checkpoint_format!r}, and this version of trl_tinylora reads {FORMAT} and "
+            "the folders before it. The adapter was saved by another version: install the newest one."
+        )
+    if not isinstance(config.checkpoint_digest, (str, type(None))):
+        raise TypeError(f"`checkpoint_digest` must be a text, got {config.checkpoint_digest!r}: {RESTORE}")
+    bases = config.singular_bases
+    if bases is not None and not (isinstance(bases, dict) and all(isinstance(text, str) for text in bases.values())):
+        raise TypeError(f"`singular_bases` must hold a text for each module, got {bases!r}: {RESTORE}")
+    if config.base_fingerprint is not None:
+        refuse_malformed(config.base_fingerprint)
 
 
 @dataclass
@@ -97,8 +135,11 @@ class TinyLoraConfig(PeftConfig):
         singular_bases (`dict[str, str]`, *optional*):
             For modules whose singular vectors another machine or dtype could rotate, what settles the rotation, see
             `maths/basis.py`; written when an adapter is saved.
+        checkpoint_format (`int`, *optional*):
+            Format of the folder, see `storage/checkpoint.py`; written when an adapter is saved.
         checkpoint_digest (`str`, *optional*):
-            Digest of the values; written when an adapter is saved, verified when its folder is read.
+            Digest of the values and of all else that the adapter's function depends on; written when an adapter is
+            saved, verified when it is loaded.
         task_type, inference_mode, base_model_name_or_path, revision:
             As in every PEFT configuration.
 
@@ -137,6 +178,7 @@ class TinyLoraConfig(PeftConfig):
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     base_fingerprint: Optional[dict] = None
     singular_bases: Optional[dict] = None
+    checkpoint_format: Optional[int] = None
     checkpoint_digest: Optional[str] = None
 
     def __post_init__(self):
@@ -144,6 +186,26 @@ class TinyLoraConfig(PeftConfig):
         self.peft_type = TinyLoraPeftType.TRL_TINYLORA
         # Of the folder that was last read or written with this configuration, which may serve several models.
         self._saved: Optional[SavedAdapter] = None
+        self.validate()
+        # What the values have to be that are loaded into an adapter with this configuration, as it is now: its fields
+        # may be changed on purpose before.
+        self._expected = self.checkpoint_digest, function_of(vars(self))
+        if isinstance(self.n_tie, int):
+            self.warn_if_redundant(self.n_tie)
+        # PEFT keeps names as sets and patterns as strings.
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+
+    def validate(self) -> None:
+        """
+        Verifies every field that can be verified without a model.
+
+        Raises:
+            TypeError: If a number is not an integer.
+            ValueError: If a value is out of its range; the message names the value and the bound.
+        """
         _check_count("r", self.r)
         _check_count("u", self.u)
         if self.n_tie != "all":
@@ -171,13 +233,28 @@ class TinyLoraConfig(PeftConfig):
             raise ValueError(
                 f'`projection="basis"` has r * r = {self.r**2} matrices, got u={self.u}. Lower `u` or raise `r`.'
             )
-        if isinstance(self.n_tie, int):
-            self.warn_if_redundant(self.n_tie)
-        # PEFT keeps names as sets and patterns as strings.
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
+        if self.target_modules is None or not len(self.target_modules):
+            raise ValueError(
+                f'`target_modules` must be "all-linear", a list of names or a regular expression, got '
+                f"{self.target_modules!r}."
+            )
+        for field in ("target_modules", "exclude_modules"):
+            _check_pattern(field, getattr(self, field))
+        _check_written_fields(self)
+
+    def verify_values(self, tensors: dict[str, torch.Tensor], place: str) -> None:
+        """
+        Verifies that values which are loaded are those that were saved with this configuration, once.
+
+        Args:
+            tensors (`dict[str, torch.Tensor]`): What a file holds, see `storage.checkpoint.own_tensors`.
+            place (`str`): Where they were found.
+
+        Raises:
+            ValueError: If they are not, or not finite.
+        """
+        refuse_altered(own_tensors(tensors), *self._expected, place)
+        self._expected = None, None
 
     def warn_if_redundant(self, modules_per_group: int) -> None:
         """Warns where a group, of this many modules, has more trained values than directions to move in."""
@@ -256,7 +333,10 @@ class TinyLoraConfig(PeftConfig):
             ValueError: If the folder holds the adapter of another method, or a damaged or foreign weights file.
         """
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        try:
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except (TypeError, ValueError) as error:
+            raise error if folder in str(error) else ValueError(f"{folder}/{CONFIG_NAME}: {error}") from error
         if not isinstance(config, cls):
             raise ValueError(
                 f"{folder} holds an adapter of type {getattr(config.peft_type, 'value', config.peft_type)}, not "
@@ -270,11 +350,12 @@ class TinyLoraConfig(PeftConfig):
                     pretrained_model_name_or_path, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **for_hub
                 )
                 folder = os.path.dirname(path)
-        tensors = read_folder(folder, config.checkpoint_digest)
+        tensors = read_folder(folder)
         if tensors is not None:
+            config.verify_values(tensors, os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
             config.singular_bases = config.singular_bases or former_bases(tensors)
             config._saved = SavedAdapter(
-                tensors[VALUES], config.base_fingerprint, config.singular_bases, config.checkpoint_digest, folder
+                tensors[VALUES], config.base_fingerprint, config.singular_bases, settings_of(config), folder
             )
         return config
 
@@ -288,6 +369,8 @@ class TinyLoraConfig(PeftConfig):
         if os.path.isfile(save_directory):
             # PEFT says what is wrong.
             super().save_pretrained(save_directory, **kwargs)
+        if self._saved is not None and self._saved.folder is None and self._saved.values_GK is not None:
+            refuse_pickle(save_directory)
         with written_whole(os.path.join(save_directory, CONFIG_NAME)) as scratch:
             super().save_pretrained(str(scratch.parent), **kwargs)
         # Under ZeRO-3 and FSDP2 the other processes have nothing to save.
@@ -310,8 +393,12 @@ class TinyLoraConfig(PeftConfig):
             ValueError: If the file is no complete JSON.
         """
         try:
-            return super().from_json_file(path_json_file, **kwargs)
-        except json.JSONDecodeError as error:
+            fields = super().from_json_file(path_json_file, **kwargs)
+        except ValueError as error:
+            # Not JSON, or not even UTF-8.
             raise ValueError(
                 f"{path_json_file} is no complete JSON file ({error}). It was truncated or altered: copy it again."
             ) from error
+        if not isinstance(fields, dict):
+            raise ValueError(f"{path_json_file} must hold an object with the fields of an adapter, got {fields!r:.80}.")
+        return fields

@@ -242,10 +242,26 @@ def test_every_page_is_linked_from_the_readme():
     assert {f"docs/{page.name}" for page in DOCS} | {"CONTRIBUTING.md", "recipes/README.md"} <= linked
 
 
+def module_in_docs(name):
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_count_of_bad_inputs_is_that_of_the_tests(request):
+    bad_inputs = module_in_docs("bad_inputs")
+    files = {path for path in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.bad_input" in path.read_text()}
+    if not files <= {item.path for item in request.session.items} | {Path(__file__)}:
+        pytest.skip("not all tests were collected")
+    page = bad_inputs.PAGE.read_text(encoding="utf-8")
+    assert bad_inputs.table(request.session.items) in page, (
+        "run `make results`, or `python docs/bad_inputs.py --update`"
+    )
+
+
 def test_the_tree_of_files_is_the_files_own():
-    spec = importlib.util.spec_from_file_location("docs_tree", ROOT / "docs" / "tree.py")
-    tree = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tree)
+    tree = module_in_docs("tree")
     page = tree.PAGE.read_text(encoding="utf-8")
     assert tree.renewed(page) == page, "run `make results`, or `python docs/tree.py` alone"
     listed = set(re.findall(r"\]\(\.\./([\w/]+\.py)\)", page))

@@ -64,7 +64,7 @@ def encode(numbers: torch.Tensor) -> str:
 
 def has_basis(name: str, right_RI: torch.Tensor, encoded: str) -> bool:
     """Returns whether singular vectors are the encoded ones, to what float32 gives."""
-    stored_RC = _decode(encoded, len(right_RI))
+    stored_RC = _decode(name, encoded, len(right_RI))
     found_RC = _products(name, right_RI.double().cpu(), stored_RC.shape[1])
     return bool(torch.linalg.vector_norm(found_RC - stored_RC) <= 1e-4 * torch.linalg.vector_norm(stored_RC))
 
@@ -83,7 +83,7 @@ def recover_basis(name: str, weight_OI: torch.Tensor, rank: int, encoded: str) -
         `tuple[torch.Tensor, torch.Tensor]`: U S, shape `(out_features, r)`, and V^T, shape `(r, in_features)`, float32
         or wider, on the weight's device.
     """
-    stored_RC = _decode(encoded, rank)
+    stored_RC = _decode(name, encoded, rank)
     dtype, in_features = torch.promote_types(weight_OI.dtype, torch.float32), weight_OI.shape[1]
     if stored_RC.shape[1] == in_features:
         right_RI = stored_RC
@@ -97,9 +97,14 @@ def recover_basis(name: str, weight_OI: torch.Tensor, rank: int, encoded: str) -
     return weight_OI.to(dtype) @ right_RI.T, right_RI
 
 
-def _decode(encoded: str, rank: int) -> torch.Tensor:
-    numbers = np.frombuffer(base64.b64decode(encoded), dtype="<f4").astype(np.float64)
-    return torch.from_numpy(numbers).reshape(rank, -1)
+def _decode(name: str, encoded: str, rank: int) -> torch.Tensor:
+    try:
+        numbers = np.frombuffer(base64.b64decode(encoded, validate=True), dtype="<f4").astype(np.float64)
+        return torch.from_numpy(numbers).reshape(rank, -1)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"`singular_bases` of {name} is damaged ({error}): adapter_config.json was altered, copy it again."
+        ) from error
 
 
 def _products(name: str, right_RI: torch.Tensor, n_columns: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Optional
@@ -21,6 +22,11 @@ PREFIX = "base_model.model."
 VALUES = "tinylora_bank.trl_tinylora_v.lora_magnitude_vector"
 # Earlier versions stored the factors of uncertain modules: `trl_tinylora_factors.<module>.left` and `.right`.
 FORMER_FACTORS, FORMER_RIGHT = "trl_tinylora_factors.", ".right"
+# What an adapter's function depends on beside its values, its modules and their singular vectors.
+SETTINGS = ("r", "u", "n_tie", "tying", "projection", "projection_seed")
+# Of a folder. Format 1, which says no number, has a digest of the tensors in its file alone; 2 one of the settings, the
+# modules' names and what fixes their singular vectors as well.
+FORMAT = 2
 # Radians: the effect of an adapter is right to about this share of itself where its factors are computed again.
 MAX_UNCERTAINTY = 0.02
 
@@ -35,24 +41,52 @@ class SavedAdapter(NamedTuple):
         base_fingerprint (`dict` or `None`): What identifies the base model, see `fingerprint.py`.
         singular_bases (`dict[str, str]`): Of modules whose singular vectors another machine or dtype could rotate, what
             fixes the rotation, see `maths/basis.py`.
-        checkpoint_digest (`str` or `None`): [`digest`] of the values.
+        settings (`dict`): The fields in [`SETTINGS`].
         folder (`str` or `None`): Where it was read; `None` where it is about to be written.
     """
 
     values_GK: Optional[torch.Tensor]
     base_fingerprint: Optional[dict]
     singular_bases: dict[str, str]
-    checkpoint_digest: Optional[str]
+    settings: dict
     folder: Optional[str] = None
 
     def fields(self) -> dict:
         """Returns the fields for `adapter_config.json`."""
-        return {name: value for name, value in self._asdict().items() if name not in ("values_GK", "folder")}
+        fields = {
+            **self.settings,
+            "checkpoint_format": FORMAT,
+            "base_fingerprint": self.base_fingerprint,
+            "singular_bases": self.singular_bases,
+        }
+        # Under ZeRO-3 and FSDP2 the other processes have nothing to save.
+        found = None if self.values_GK is None else digest({VALUES: self.values_GK}, function_of(fields))
+        return {**fields, "checkpoint_digest": found}
 
 
-def digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Returns the first 16 digits of a SHA-256 over names, dtypes, shapes and bytes of some tensors."""
-    found = hashlib.sha256()
+def settings_of(config: object) -> dict:
+    """Returns the fields of a configuration that are in [`SETTINGS`]."""
+    return {name: getattr(config, name) for name in SETTINGS}
+
+
+def function_of(fields: Mapping) -> Optional[dict]:
+    """Returns what an adapter's function depends on beside its values, of the fields of its configuration.
+
+    Args:
+        fields (`Mapping`): Of `adapter_config.json`, or of a [`~trl_tinylora.TinyLoraConfig`] as it was read.
+
+    Returns:
+        `dict`, or `None` for a folder of format 1, whose digest does not cover it.
+    """
+    if fields.get("checkpoint_format") is None:
+        return None
+    names = (fields.get("base_fingerprint") or {}).get("names")
+    return {name: fields.get(name) for name in (*SETTINGS, "singular_bases")} | {"names": names}
+
+
+def digest(tensors: Mapping[str, torch.Tensor], function: Optional[Mapping] = None) -> str:
+    """Returns the first 16 digits of a SHA-256 over names, dtypes, shapes and bytes of tensors, and [`function_of`]."""
+    found = hashlib.sha256(b"" if function is None else json.dumps(function, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -116,13 +150,37 @@ def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def read_folder(folder: str | os.PathLike, expected_digest: str | None = None) -> dict[str, torch.Tensor] | None:
+def refuse_altered(
+    tensors: Mapping[str, torch.Tensor], expected: Optional[str], function: Optional[Mapping], place: str
+) -> None:
+    """
+    Raises where tensors or configuration are not those that were saved together.
+
+    Args:
+        tensors (`Mapping[str, torch.Tensor]`): The [`own_tensors`] of a file.
+        expected (`str` or `None`): The `checkpoint_digest` in the configuration; with `None`, nothing is compared.
+        function (`Mapping` or `None`): [`function_of`] the configuration.
+        place (`str`): Where they were found.
+
+    Raises:
+        ValueError: If the digests differ.
+    """
+    found = digest(tensors, function)
+    if expected is not None and found != expected:
+        covered = "" if function is None else f", {', '.join(SETTINGS)}, the modules or their singular vectors"
+        raise ValueError(
+            f"{place} is not what was saved: its digest is {found}, adapter_config.json says {expected}. The values"
+            f"{covered} were altered, or file and configuration are of different adapters: copy the folder again. "
+            "Where that was done on purpose, remove `checkpoint_digest` from adapter_config.json."
+        )
+
+
+def read_folder(folder: str | os.PathLike) -> dict[str, torch.Tensor] | None:
     """
     Returns this package's tensors of an adapter folder, see [`own_tensors`].
 
     Args:
         folder (`str` or `os.PathLike`): The folder.
-        expected_digest (`str`, *optional*): What [`digest`] gave when they were saved.
 
     Returns:
         `dict[str, torch.Tensor]`, or `None` if the folder is not on this machine or holds no weights.
@@ -139,11 +197,17 @@ def read_folder(folder: str | os.PathLike, expected_digest: str | None = None) -
                 "`safe_serialization=True` (the default) where it came from."
             )
         return None
-    tensors = own_tensors(read_tensors(path))
-    if expected_digest is not None and digest(tensors) != expected_digest:
-        raise ValueError(
-            f"{path} is not what was saved: its digest is {digest(tensors)}, adapter_config.json says "
-            f"{expected_digest}. Copy the folder again; where the values were changed on purpose, remove "
-            "`checkpoint_digest` from adapter_config.json."
-        )
-    return tensors
+    return own_tensors(read_tensors(path))
+
+
+def refuse_pickle(folder: str | os.PathLike) -> None:
+    """Raises `ValueError` where an adapter was just written as a pickle, which no loader here reads; it is removed."""
+    # PEFT says nothing of `safe_serialization` before it has written the file.
+    pickle, path = (os.path.join(folder, name) for name in (WEIGHTS_NAME, SAFETENSORS_WEIGHTS_NAME))
+    if not os.path.isfile(pickle) or (os.path.isfile(path) and os.path.getmtime(path) >= os.path.getmtime(pickle)):
+        return
+    os.remove(pickle)
+    raise ValueError(
+        f"`safe_serialization=False` writes {pickle}, a pickle, which can run code when it is read and is refused by "
+        "every loader of TinyLoRA adapters. It was removed: save with `safe_serialization=True` (the default)."
+    )

@@ -28,6 +28,8 @@ FEWEST_NUMBERS = 64
 TOLERANCE = 2.2 * BFLOAT16_ROUNDING
 SINGLE_TOLERANCE = 6 * BFLOAT16_ROUNDING
 UNRELATED = 0.3
+# The way out where what we wrote is no longer what it was.
+RESTORE = "adapter_config.json was altered, copy it again."
 
 
 class Probe(NamedTuple):
@@ -93,6 +95,23 @@ def fingerprint(probes: Mapping[str, Probe]) -> dict:
         "names": hashlib.sha256(listed.encode()).hexdigest()[:16],
         "probes": base64.b64encode(kept.tobytes()).decode(),
     }
+
+
+def refuse_malformed(found: object) -> None:
+    """
+    Raises where something is no [`fingerprint`].
+
+    Raises:
+        ValueError: If it is none; the message says what is missing.
+    """
+    try:
+        modules, names, probes = found["modules"], found["names"], base64.b64decode(found["probes"], validate=True)
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"`base_fingerprint` is damaged, {type(error).__name__}: {error}; {RESTORE}") from error
+    if not isinstance(names, str) or not isinstance(modules, int) or modules < 1 or len(probes) % (4 * modules):
+        raise ValueError(
+            f"`base_fingerprint` is damaged: {modules!r} modules, names {names!r}, {len(probes)} bytes; {RESTORE}"
+        )
 
 
 def refuse_another_base(expected: Mapping, probes: Mapping[str, Probe]) -> None:

@@ -20,6 +20,7 @@ from ..distributed import is_fsdp
 from ..storage.fingerprint import Measured
 from .mixed_batch import MixedBatch
 from .plan import Plan
+from .targets import refuse_data_parallel
 from .values import Vectors
 
 
@@ -48,6 +49,10 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
         self.mixed_batch: Optional[MixedBatch] = None
         # Of the forward pre-hooks on the base model's modules, by the name of the first adapted block.
         self._block_hooks: dict[str, list] = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns its input: a `torch.nn.Sequential` that is adapted calls the bank as its last module."""
+        return x
 
     def plan_in_same_words(self, config: TinyLoraConfig) -> Optional[Plan]:
         """Returns the plan of adapters whose configuration named the modules in the same words, or None."""
@@ -156,11 +161,7 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
         """
         if self.disable_adapters or self.merged_adapters or self.mixed_batch is not None:
             return args, kwargs
-        if getattr(module, "_is_replica", False):
-            raise RuntimeError(
-                "`torch.nn.DataParallel` is not supported: its replicas would share one gradient buffer. Start with "
-                "`accelerate launch` (one process per GPU), or let the process see one GPU (CUDA_VISIBLE_DEVICES=0)."
-            )
+        refuse_data_parallel(module)
         for name in self.active_adapters:
             vectors = self.vectors(name)
             if vectors is not None and vectors.plan.first_block == block:

@@ -186,12 +186,15 @@ class Linear(nn.Module, TinyLoraLayer):
 
         Raises:
             TypeError: If `adapter_names` is a string.
-            ValueError: If `safe_merge` and the result is not finite.
+            ValueError: If an adapter does not exist, or `safe_merge` and the result is not finite.
             RuntimeError: If ZeRO-3 has the weight partitioned.
         """
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
         names = self.active_adapters if adapter_names is None else adapter_names
+        unknown = [name for name in adapter_names or [] if self._bank[0].vectors(name) is None]
+        if unknown:
+            raise ValueError(f"Adapter {', '.join(unknown)} not found, there are {list(self._bank[0].trl_tinylora_v)}.")
         names = [name for name in names if self.place(name) is not None]
         if not names:
             return

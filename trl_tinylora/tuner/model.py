@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
+import os
+import warnings
 from contextlib import contextmanager
 from typing import Optional
 
@@ -17,7 +20,6 @@ from ..storage.checkpoint import (
     PREFIX,
     VALUES,
     SavedAdapter,
-    digest,
     own_tensors,
     refuse_unfit_shape,
 )
@@ -26,7 +28,7 @@ from .bank import TinyLoraBank, TinyLoraLayer
 from .build import ModuleTree, compute_factors, first_block, recover_factors
 from .layer import Linear
 from .mixed_batch import MixedBatch
-from .plan import Plan
+from .plan import Plan, refuse_too_large
 from .targets import resolve_target_modules
 from .values import Vectors
 
@@ -78,7 +80,10 @@ class TinyLoraModel(BaseTuner):
         config = self.peft_config[adapter_name]
         if not isinstance(config, TinyLoraConfig):
             raise ValueError(f"expected a TinyLoraConfig for {adapter_name!r}, got {type(config).__name__}.")
-        bank: Optional[TinyLoraBank] = getattr(model, BANK, None)
+        # Fields can have been set since.
+        config.validate()
+        bank: Optional[TinyLoraBank] = model._modules.get(BANK)
+        self._refuse_second_injection(model, bank, adapter_name)
         plan = None if bank is None else bank.plan_in_same_words(config)
         if plan is not None and not _trains_more_than_values(config):
             self._refuse_unfit(adapter_name, config, plan.probes, plan.shape)
@@ -105,14 +110,38 @@ class TinyLoraModel(BaseTuner):
         plan.targets |= {as_asked_for, Plan.targets_of(config)}
         self.bank.place_hooks(model, plan.first_block)
 
+    @staticmethod
+    def _refuse_second_injection(model: nn.Module, bank: Optional[TinyLoraBank], adapter_name: str) -> None:
+        if adapter_name == BASE_ROW:
+            raise ValueError(
+                f"an adapter cannot be named {BASE_ROW!r}: in `adapter_names` that stands for the base model. Choose "
+                "another name."
+            )
+        is_below = bank is None and any(isinstance(module, TinyLoraBank) for module in model.modules())
+        if is_below or (bank is not None and bank.vectors(adapter_name) is not None):
+            raise ValueError(
+                f"this model carries a TinyLoRA adapter already, and {adapter_name!r} would take its place without "
+                "values to train. For a second one call `model.add_adapter(name, config)` on the `PeftModel`; to "
+                "start anew, `model.unload()` first."
+            )
+
     def _new_plan(self, model: nn.Module, bank: Optional[TinyLoraBank], adapter_name: str) -> tuple[Plan, dict]:
         """The plan that an adapter follows and the factors of its modules, once all that can be refused is accepted."""
         config = self.peft_config[adapter_name]
         names = resolve_target_modules(model, config)
+        refuse_too_large(config, len(names))
         block = first_block(model, names)
         if config.n_tie == "all" or config.n_tie > len(names):
             config.warn_if_redundant(len(names))
         factors, measured = compute_factors(model, bank, names, config.r)
+        zero = [name for name in names if measured[name].probe.scale == 0]
+        if zero:
+            warnings.warn(
+                f"the weights of {', '.join(zero[:5])}{', ...' if len(zero) > 5 else ''} ({len(zero)} of {len(names)} "
+                "modules) are all zero, and so is every update of them: put them into `exclude_modules`, or load the "
+                "model's weights first.",
+                stacklevel=2,
+            )
         shape = count_groups(names, config.n_tie, config.tying), config.u
         self._refuse_unfit(adapter_name, config, {name: measured[name].probe for name in names}, shape)
         recovered = recover_factors(model, factors, config)
@@ -191,6 +220,8 @@ class TinyLoraModel(BaseTuner):
             raise ValueError(f"Adapter with name {adapter_name!r} already exists: delete it, or choose another name.")
         if not adapters or len(weights) != len(adapters):
             raise ValueError(f"there must be one weight for each adapter, got {len(weights)} for {len(adapters)}.")
+        if not all(math.isfinite(weight) for weight in weights):
+            raise ValueError(f"`weights` must be finite, got {weights}.")
         parts = self._values_of_one_plan(adapters)
         self.peft_config[adapter_name] = copy.copy(self.peft_config[adapters[0]])
         try:
@@ -201,6 +232,32 @@ class TinyLoraModel(BaseTuner):
         total = sum(weight * part for weight, part in zip(weights, parts, strict=True))
         with torch.no_grad():
             self.bank.vectors(adapter_name).values_GK.copy_(total)
+
+    def refuse_checkpoint(self, folder: str | os.PathLike, adapter_name: str = "default") -> None:
+        """
+        Raises where the values in a checkpoint would mean something else to an adapter of this model.
+
+        A trainer that resumes loads the values alone: PEFT reads no configuration for an adapter that is there.
+
+        Args:
+            folder (`str` or `os.PathLike`): The checkpoint, with its adapter_config.json.
+            adapter_name (`str`, *optional*, defaults to `"default"`): The adapter that it is to be loaded into.
+
+        Raises:
+            ValueError: If settings, modules or method differ; the message names both.
+        """
+        there, plan = TinyLoraConfig.from_pretrained(str(folder)), self.bank.vectors(adapter_name).plan
+        pairs = {name: (value, getattr(there, name)) for name, value in plan.settings.items()}
+        if there.base_fingerprint is not None:
+            here = fingerprint(plan.probes)
+            for name in ("modules", "names"):
+                pairs[f"{name} adapted"] = here[name], there.base_fingerprint[name]
+        differences = [f"{name} ({here!r}, {saved!r} there)" for name, (here, saved) in pairs.items() if here != saved]
+        if differences:
+            raise ValueError(
+                f"the adapter in {folder} differs from this one in {', '.join(differences)}: its values would mean "
+                "something else here. Resume with its own settings, or start a new run in another folder."
+            )
 
     def distance(self, first: str, second: str) -> float:
         """Returns the Euclidean norm of the difference between the values of two adapters.
@@ -263,6 +320,8 @@ class TinyLoraModel(BaseTuner):
 
     def _check_rows(self, adapter_names: list[str]) -> None:
         """What can be told of a batch whose rows have adapters of their own before it is seen."""
+        if isinstance(adapter_names, str):
+            raise TypeError(f"`adapter_names` must be a list with a name for each row, got {adapter_names!r}.")
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         if self.bank.merged_layers:
@@ -295,16 +354,17 @@ class TinyLoraModel(BaseTuner):
         for key in found:
             if key.removeprefix(PREFIX) == values:
                 found[key] = saved_GK = found[key].to(getattr(torch, config.save_dtype))
-        # Under ZeRO-3 and FSDP2 the other processes have nothing to save.
-        found_digest = None if saved_GK is None else digest({VALUES: saved_GK})
+        if saved_GK is not None:
+            own_tensors({VALUES: saved_GK})
         plan = vectors.plan
-        config._saved = SavedAdapter(saved_GK, fingerprint(plan.probes), plan.singular_bases, found_digest)
+        config._saved = SavedAdapter(saved_GK, fingerprint(plan.probes), plan.singular_bases, plan.settings)
         return found
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         own = own_tensors(state_dict)
         refuse_unfit_shape(own[VALUES].shape, _bank_of(model).vectors(adapter_name).plan.shape)
+        config.verify_values(own, "the checkpoint")
         state_dict = {name: tensor for name, tensor in state_dict.items() if name.removeprefix(PREFIX) not in own}
         state_dict[PREFIX + VALUES] = own[VALUES].float()
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)

@@ -9,7 +9,12 @@ import torch
 from ..config import TinyLoraConfig
 from ..maths.decomposition import basis_projections, gaussian_projections
 from ..maths.tying import assign_groups, count_groups
+from ..storage.checkpoint import settings_of
 from ..storage.fingerprint import Measured, Probe
+
+
+# Of the matrices P. LoRA-XS with r = 64 on 200 modules (u = 4096) takes 13 GB where they are Gaussian.
+MOST_BYTES = 2**34
 
 
 class Plan:
@@ -28,8 +33,6 @@ class Plan:
             what settles them, see `maths/basis.py`.
     """
 
-    FIELDS = ("r", "u", "n_tie", "tying", "projection", "projection_seed")
-
     def __init__(
         self,
         config: TinyLoraConfig,
@@ -39,7 +42,7 @@ class Plan:
         measured: dict[str, Measured],
         rotated: dict[str, str],
     ):
-        self.fields = self.fields_of(config)
+        self.settings = settings_of(config)
         self.rank = config.r
         self.shape = (count_groups(names, config.n_tie, config.tying), config.u)
         self.first_block = first_block
@@ -60,11 +63,6 @@ class Plan:
         # No buffers: DDP broadcasts those before every forward pass.
         self.projections_MKRR = projections.to(device)
         self.groups_M = torch.tensor(assign_groups(names, config.n_tie, config.tying)).to(device)
-
-    @classmethod
-    def fields_of(cls, config: TinyLoraConfig) -> dict:
-        """Returns the fields of a configuration that a plan depends on, apart from the modules."""
-        return {field: getattr(config, field) for field in cls.FIELDS}
 
     @staticmethod
     def targets_of(config: TinyLoraConfig) -> tuple:
@@ -97,16 +95,16 @@ class Plan:
 
     def serves(self, config: TinyLoraConfig) -> bool:
         """Returns whether an adapter with these modules may follow the plan."""
-        if self.fields != self.fields_of(config):
+        if self.settings != settings_of(config):
             return False
         return config.singular_bases == self.singular_bases if config.singular_bases else not self.rotated
 
     def differences(self, other: Plan) -> list[str]:
         """Returns what sets two plans apart, a phrase for each field."""
         phrases = [
-            f"{field} ({value!r} and {other.fields[field]!r})"
-            for field, value in self.fields.items()
-            if value != other.fields[field]
+            f"{field} ({value!r} and {other.settings[field]!r})"
+            for field, value in self.settings.items()
+            if value != other.settings[field]
         ]
         if list(self.index) != list(other.index):
             phrases.append(f"the adapted modules ({len(self.index)} and {len(other.index)} of them)")
@@ -121,3 +119,18 @@ class Plan:
     def apply(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Moves the frozen tensors to another device or dtype."""
         self.groups_M, self.projections_MKRR = fn(self.groups_M), fn(self.projections_MKRR)
+
+
+def refuse_too_large(config: TinyLoraConfig, n_modules: int) -> None:
+    """
+    Raises where the fixed matrices P of an adapter would need more memory than any machine should give for them.
+
+    Raises:
+        ValueError: If they take more than [`MOST_BYTES`] in float32.
+    """
+    n_bytes = 4 * config.u * config.r**2 * (n_modules if config.projection == "gaussian" else 1)
+    if n_bytes > MOST_BYTES:
+        raise ValueError(
+            f"u={config.u} at r={config.r} on {n_modules} modules needs {n_bytes / 2**30:.0f} GiB for the matrices P, "
+            f"more than {MOST_BYTES / 2**30:.0f} GiB. Lower `u`: beyond r * r * n_tie its values only rescale the step."
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import TYPE_CHECKING, Union
 
 import torch
@@ -18,14 +19,22 @@ if TYPE_CHECKING:
     from ..config import TinyLoraConfig
 
 
-# Conv1D keeps its weight as (in_features, out_features).
-ADAPTABLE = (nn.Linear, Conv1D)
+# The base layers that are known: what they compute is a product with their weight, in a dtype that has an SVD. A class
+# derived from them that computes something else (a quantised layer) is none of them. Conv1D keeps its weight as
+# (in_features, out_features).
+KNOWN_LAYERS = (nn.Linear, Conv1D)
+KNOWN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def skeleton(model_or_config: Union[nn.Module, PretrainedConfig]) -> nn.Module:
     """Returns a model whose module names can be read; a configuration becomes one without weights."""
-    if not isinstance(model_or_config, PretrainedConfig):
+    if isinstance(model_or_config, nn.Module):
         return model_or_config
+    if not isinstance(model_or_config, PretrainedConfig):
+        raise TypeError(
+            f"expected a model or its configuration, got {model_or_config!r}: pass "
+            f"`AutoConfig.from_pretrained({str(model_or_config)!r})`."
+        )
     with torch.device("meta"):
         if type(model_or_config) in MODEL_FOR_CAUSAL_LM_MAPPING:
             # `from_config` would build it under zero.Init where a trainer's arguments have turned ZeRO-3 on.
@@ -59,6 +68,7 @@ def resolve_target_modules(model: nn.Module, config: TinyLoraConfig) -> list[str
         NotImplementedError: If the model is split by tensor parallelism.
     """
     refuse_tensor_parallel(model)
+    refuse_data_parallel(model)
     asked_for = config.target_modules
     # For "all-linear" PEFT finds the output embedding of a `PreTrainedModel` only; other models name their targets.
     config = _maybe_include_all_linear_layers(copy.copy(config), model)
@@ -71,18 +81,26 @@ def resolve_target_modules(model: nn.Module, config: TinyLoraConfig) -> list[str
         if name and not name.startswith(inside_adapters) and check_target_module_exists(config, name)
     ]
     if not names:
-        linear = [name for name, module in model.named_modules() if isinstance(unwrap(module), ADAPTABLE)]
+        linear = [name for name, module in model.named_modules() if isinstance(unwrap(module), KNOWN_LAYERS)]
         raise ValueError(
             f"target_modules={asked_for!r} with exclude_modules={config.exclude_modules!r} and "
             f"layers_to_transform={config.layers_to_transform!r} matches no module. Linear layers of this model: "
             f"{', '.join(linear[:8]) or 'none'}{', ...' if len(linear) > 8 else ''}."
         )
+    _refuse_unmatched(model, config, names)
     for name in names:
         linear = unwrap(model.get_submodule(name))
-        if not isinstance(linear, ADAPTABLE):
+        if type(linear).forward not in {known.forward for known in KNOWN_LAYERS}:
             raise ValueError(
-                f"target_modules={asked_for!r} matches {name}, a {type(linear).__name__}; TinyLoRA adapts "
-                "`torch.nn.Linear` and `Conv1D`. Name linear layers only, or put it into `exclude_modules`."
+                f"target_modules={asked_for!r} matches {name}, a {type(linear).__module__}.{type(linear).__name__}; "
+                "TinyLoRA adapts `torch.nn.Linear` and `Conv1D`. Name linear layers only, put it into "
+                "`exclude_modules`, or load the model unquantised."
+            )
+        if linear.weight.dtype not in KNOWN_DTYPES:
+            raise ValueError(
+                f"the weight of {name} has dtype {linear.weight.dtype}, of which TinyLoRA takes no singular vectors. "
+                f"Load the model in one of {', '.join(str(dtype) for dtype in KNOWN_DTYPES)}, or put the module into "
+                "`exclude_modules`."
             )
         shape = full_shape(linear.weight)
         if len(shape) != 2:
@@ -96,3 +114,48 @@ def resolve_target_modules(model: nn.Module, config: TinyLoraConfig) -> list[str
                 f"Lower `r` to {min(shape)} or put the module into `exclude_modules`."
             )
     return names
+
+
+def refuse_data_parallel(model: nn.Module) -> None:
+    """Raises `RuntimeError` where a model is, or runs as a replica of, `torch.nn.DataParallel`."""
+    if isinstance(model, nn.DataParallel) or getattr(model, "_is_replica", False):
+        raise RuntimeError(
+            "`torch.nn.DataParallel` is not supported: its replicas would share one gradient buffer. Start with "
+            "`accelerate launch` (one process per GPU), or let the process see one GPU (CUDA_VISIBLE_DEVICES=0)."
+        )
+
+
+def _refuse_unmatched(model: nn.Module, config: TinyLoraConfig, names: list[str]) -> None:
+    """Raises where a part of what a configuration asks for matches nothing, or lies outside an embedding."""
+    everywhere = [name for name, _ in model.named_modules()]
+
+    def is_in(wanted: str, found: list[str]) -> bool:
+        return any(name == wanted or name.endswith(f".{wanted}") for name in found)
+
+    unmatched = {}
+    if not isinstance(config.target_modules, str):
+        unmatched["target_modules"] = [wanted for wanted in config.target_modules if not is_in(wanted, everywhere)]
+    unmatched["modules_to_save"] = [wanted for wanted in config.modules_to_save or [] if not is_in(wanted, everywhere)]
+    if isinstance(config.layers_to_transform, list):
+        indexes = {int(part) for name in names for part in name.split(".") if part.isdigit()}
+        unmatched["layers_to_transform"] = [index for index in config.layers_to_transform if index not in indexes]
+    for field, parts in unmatched.items():
+        if parts:
+            parts = sorted(parts)
+            raise ValueError(
+                f"{parts!r} in {field}={getattr(config, field)!r} matches nothing in this model. Remove it, or correct "
+                f"the name; the adapted modules begin with {names[0]}."
+            )
+    tokens = config.trainable_token_indices or {}
+    if isinstance(tokens, list):
+        tokens = {"get_input_embeddings": tokens}
+    for embedding, indexes in tokens.items():
+        found = [module for name, module in model.named_modules() if is_in(embedding, [name])]
+        if embedding == "get_input_embeddings" and hasattr(model, embedding):
+            found = [model.get_input_embeddings()]
+        count = found[0].weight.shape[0] if found else math.inf
+        wrong = [index for index in indexes if not 0 <= index < count]
+        if wrong:
+            raise ValueError(
+                f"trainable_token_indices holds {wrong[:5]}, but the tokens of this embedding are 0 to {count - 1}."
+            )

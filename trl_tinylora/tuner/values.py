@@ -11,6 +11,7 @@ from torch import nn
 from ..config import TinyLoraConfig
 from ..distributed import gathered, is_sharded, whole
 from ..maths.decomposition import mix, unmix
+from ..storage.checkpoint import VALUES
 from .gradient import GradientBuffer, GradientSink, without_autocast
 from .plan import Plan
 
@@ -39,6 +40,15 @@ class Vectors(nn.Module):
         # Every module's R as of the last pass, and the state of the values that it was computed from.
         self._mixing_MRR: Optional[torch.Tensor] = None
         self._computed_from: Optional[tuple] = None
+
+    def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
+        """Takes a parameter; of values that another loader has read, verifies that they are those that were saved."""
+        is_replaced = name in self._parameters
+        super().register_parameter(name, param)
+        # transformers' `load_adapter` sets the attribute, and calls nothing else of ours.
+        if is_replaced and not (param.is_meta or is_sharded(param)):
+            values = param.detach().to(getattr(torch, self.config.save_dtype))
+            self.config.verify_values({VALUES: values}, "what was loaded")
 
     @property
     def values_GK(self) -> torch.Tensor:

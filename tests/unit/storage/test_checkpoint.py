@@ -520,6 +520,7 @@ def of_earlier_version(tiny_qwen2, turned):
         factors = recover_basis(name, degenerate(tiny_qwen2()).get_submodule(name).weight.detach(), 2, basis)
         for side, factor in zip(("left", "right"), factors, strict=True):
             tensors[f"base_model.model.trl_tinylora_factors.{name}.{side}"] = factor.contiguous()
+    del fields["checkpoint_format"]
     fields["base_fingerprint"]["stored"] = len(tensors) // 2
     own = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
     fields["checkpoint_digest"] = digest(own)

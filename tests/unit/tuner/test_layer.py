@@ -141,10 +141,10 @@ class Remembering(nn.Linear):
 
 def test_what_a_base_layer_or_its_hooks_keep_is_not_overwritten():
     base, kept = Blocks(), []
-    base.layers[0][0].__class__ = Remembering
     model = get_peft_model(base, TinyLoraConfig(target_modules=r"layers\.\d\.[02]"))
     set_values(model)
     layers = [layer.base_layer for layer in layers_of(model)]
+    layers[0].__class__ = Remembering
 
     def keep(tensor):
         kept.append((tensor, tensor.detach().clone()))
