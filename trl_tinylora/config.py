@@ -351,6 +351,8 @@ class TinyLoraConfig(PeftConfig):
                 )
                 folder = os.path.dirname(path)
         tensors = read_folder(folder)
+        if tensors is None and config.checkpoint_digest is not None and os.path.isdir(folder):
+            raise ValueError(f"{folder} lacks {SAFETENSORS_WEIGHTS_NAME}, the values: copy the whole folder again.")
         if tensors is not None:
             config.verify_values(tensors, os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
             config.singular_bases = config.singular_bases or former_bases(tensors)

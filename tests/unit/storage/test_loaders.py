@@ -1,5 +1,5 @@
 """
-One proof of an adapter in every way in: what was altered, swapped or damaged is refused, whoever loads it. CPU, seconds.
+One proof of an adapter in every way in: what was altered, swapped or damaged is refused by every loader. CPU, seconds.
 """
 
 import json
@@ -216,6 +216,16 @@ def test_every_format_that_was_ever_written_loads_with_its_logits(name, tiny_qwe
     loaded = PeftModel.from_pretrained(model, FORMATS / name)
     expected = load_file(FORMATS / name / "logits.safetensors")["logits"]
     torch.testing.assert_close(logits_of(loaded, token_ids)[:, -1], expected, rtol=0, atol=5e-5)
+
+
+@pytest.mark.bad_input("an adapter's folder, damaged")
+def test_a_folder_without_its_values_is_refused(saved, base):
+    (saved / WEIGHTS).unlink()
+    with pytest.raises(ValueError, match="lacks adapter_model.safetensors"):
+        LOADERS["PeftModel"](saved, base)
+    # A configuration alone can be read.
+    TinyLoraConfig(r=3).save_pretrained(saved / "alone")
+    assert TinyLoraConfig.from_pretrained(saved / "alone").r == 3
 
 
 # Saving
