@@ -60,11 +60,11 @@ def main(model_args: trl.ModelConfig, evaluation_args: EvaluationArguments) -> d
         return results if args.benchmark else results[output_dir.name]
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is missing: name the model to evaluate")
+    if args.backend == "vllm":
+        refuse_missing_vllm()
     refuse_unfit_base(model_args.model_name_or_path, model_args.model_revision)
     if args.adapter_path is not None:
         refuse_unfit_adapter(args.adapter_path)
-    if args.backend == "vllm":
-        refuse_missing_vllm()
 
     jobs = _jobs(args)
     finished = [folder for folder, _, _ in jobs.values() if (folder / "metrics.json").exists()]

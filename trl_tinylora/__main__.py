@@ -137,7 +137,7 @@ def _plan(options: argparse.Namespace) -> None:
             groups = count_groups(names, config.n_tie, tying)
             values = groups * config.u
             if values != budget and options.values:
-                remarks.append(f"{tying}: no configuration has {budget} values; the nearest has {values}")
+                remarks.append(f"no configuration has {budget} values with tying={tying!r}; the nearest has {values}")
             if values in seen:
                 continue
             seen.add(values)

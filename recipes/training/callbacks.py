@@ -66,7 +66,7 @@ class Watch(TrainerCallback):
         rest = f", from step {state.global_step} on" if state.global_step else ""
         _say(
             state,
-            f"Training {_described(model)}: {state.max_steps} steps{rest}, learning rate {args.learning_rate:g}, on "
+            f"Training {_described(model)}: {_counted(state.max_steps, 'step')}{rest}, learning rate {args.learning_rate:g}, on "
             f"{self.rows}",
         )
 
@@ -88,7 +88,7 @@ class Watch(TrainerCallback):
         last = _values_of(model)
         if last is not None:
             changes.insert(0, f"norm of v {self.first.norm():.4g} -> {last.norm():.4g}")
-        _say(state, f"After {state.global_step} steps: {', '.join(changes)} (first -> last)")
+        _say(state, f"After {_counted(state.global_step, 'step')}: {', '.join(changes)} (first -> last)")
         if last is not None and torch.equal(self.first, last):
             spreads = [entry["frac_reward_zero_std"] for entry in state.log_history if "frac_reward_zero_std" in entry]
             why = ": no group of completions had two different rewards" if spreads and min(spreads) == 1 else ""
@@ -125,7 +125,11 @@ def _described(model: nn.Module) -> str:
         if isinstance(part, Vectors) and part.is_trained:
             how = f"TinyLoRA on {len(part.plan.index)} modules, r={config.r}, u={config.u}, n_tie={config.n_tie}, "
             how += config.tying
-    return f"{trained:,} values ({how}) beside {total - trained:,} frozen parameters"
+    return f"{_counted(trained, 'value')} ({how}) beside {total - trained:,} frozen parameters"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' if number != 1 else ''}"
 
 
 def _say(state, line: str, stream=None) -> None:

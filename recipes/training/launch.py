@@ -45,7 +45,7 @@ class _Parser(trl.TrlParser):
     def _refuse(self, unknown: list[str]) -> None:
         if unknown:
             name = unknown[0].partition("=")[0]
-            alike = difflib.get_close_matches(name, self._option_string_actions, n=1)
+            alike = difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.8)
             meant = f": did you mean {alike[0]}?" if alike else ""
             raise ValueError(f"there is no argument {name}{meant} (--help lists all)")
 

@@ -59,7 +59,9 @@ def places(tmp_path, saved):
     (tmp_path / "cut.jsonl").write_text(row + row[:20])
     (tmp_path / "blank.jsonl").write_text(row + "\n" + row)
     (tmp_path / "rows.json").write_text("[" + row)
-    (tmp_path / "typo.yaml").write_text((TOY / "sft.yaml").read_text() + "\nlerning_rate: 0.1\n")
+    for script in ("sft", "grpo"):
+        text = (TOY / f"{script}.yaml").read_text()
+        (tmp_path / f"typo-{script}.yaml").write_text(text + "\nlerning_rate: 0.1\n")
     (tmp_path / "list.yaml").write_text("- 1\n")
     (tmp_path / "broken.yaml").write_text("max_steps: [1\n")
     return tmp_path
@@ -110,9 +112,9 @@ def test_a_wrong_command_line_is_answered_in_one_line(refused, script, command, 
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("--config %/typo.yaml", "there is no argument --lerning_rate: did you mean --learning_rate?"),
+        ("--config %/typo-sft.yaml", "there is no argument --lerning_rate: did you mean --learning_rate?"),
         (f"{TRAIN} --lerning_rate 1", "there is no argument --lerning_rate: did you mean --learning_rate?"),
-        (f"{TRAIN} --max_steps many", "argument --max_steps: invalid int value: 'many'"),
+        (f"{TRAIN} --max_steps many", "invalid int value: 'many'"),
         (f"{TRAIN} --adapter dora", "argument --adapter: invalid choice: 'dora'"),
         ("--use_cpu true --dataset_name %/rows.jsonl", "model_name_or_path is missing: give --model_name_or_path"),
         ("--use_cpu true --model_name_or_path recipes/toy/base", "dataset_name is missing: give --dataset_name"),
@@ -136,7 +138,7 @@ def test_a_wrong_command_line_is_answered_in_one_line(refused, script, command, 
 )
 @pytest.mark.parametrize("script", ["sft", "grpo"])
 def test_a_training_that_cannot_be_is_answered_in_one_line(refused, script, command, message):
-    assert message in refused(script, command.replace("toy/sft.yaml", f"toy/{script}.yaml"))
+    assert message in refused(script, command.replace("sft.yaml", f"{script}.yaml"))
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_plan_reads_no_weights(run, base_folder, tmp_path):
     assert [line.split(maxsplit=6)[1] for line in tiled] == ["4"]
     assert tiled[0].endswith("TinyLoraConfig(r=1, target_modules=['q_proj', 'v_proj'])")
     assert out[-2:] == [
-        f"{tying}: no configuration has 6 values; the nearest has 4" for tying in ("tiled", "structured")
+        f"no configuration has 6 values with tying={tying!r}; the nearest has 4" for tying in ("tiled", "structured")
     ]
 
 

@@ -40,8 +40,8 @@ def test_a_run_says_what_it_trains_and_what_came_of_it(sft, capsys):
 @pytest.mark.parametrize(
     ("config", "start"),
     [
-        (None, r"Training all [\d,]+ parameters: 1 steps"),
-        (LoraConfig(r=1, target_modules=["q_proj"]), r"Training 192 values \(LoRA, r=1\) beside [\d,]+ frozen"),
+        (None, r"Training all [\d,]+ parameters: 1 step,"),
+        (LoraConfig(r=1, target_modules=["q_proj"]), r"Training 128 values \(LoRA, r=1\) beside [\d,]+ frozen"),
     ],
 )
 def test_other_adapters_say_it_too(sft, capsys, config, start):
@@ -49,7 +49,7 @@ def test_other_adapters_say_it_too(sft, capsys, config, start):
     trainer.add_callback(Watch("rows"))
     trainer.train()
     printed = capsys.readouterr().out
-    assert re.search(start, printed) and re.search(r"After 1 steps: loss [\d.]+ -> ", printed)
+    assert re.search(start, printed) and re.search(r"After 1 step: loss [\d.]+ -> ", printed)
 
 
 @pytest.mark.parametrize(
@@ -60,11 +60,9 @@ def test_other_adapters_say_it_too(sft, capsys, config, start):
     ],
 )
 def test_a_run_stops_at_the_first_number_that_is_not_finite_and_keeps_what_was_saved(sft, config, what):
-    trainer = sft(config, train=False, max_steps=6, learning_rate=1e38, save_strategy="steps", save_steps=1)
+    trainer = sft(config, train=False, max_steps=6, learning_rate=1e30, save_strategy="steps", save_steps=1)
     trainer.add_callback(Watch("rows"))
-    with pytest.raises(
-        FloatingPointError, match=rf"step \d: {what}.*is from before. Lower --learning_rate"
-    ):
+    with pytest.raises(FloatingPointError, match=rf"step \d: {what}.*is from before. Lower --learning_rate"):
         trainer.train()
     last = Path(get_last_checkpoint(trainer.args.output_dir))
     assert int(last.name.rpartition("-")[2]) == trainer.state.global_step - 1 < 5
