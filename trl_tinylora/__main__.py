@@ -174,8 +174,8 @@ def _inspect(options: argparse.Namespace) -> None:
         (values_GK,) = (tensor for name, tensor in tensors.items() if name.endswith(VALUES))
         base = fields.get("base_fingerprint") or {}
         print(
-            f"values: {values_GK.numel()}, in {len(values_GK)} groups of u={fields.get('u')}, r={fields.get('r')}, "
-            f"n_tie={fields.get('n_tie')}, {fields.get('tying')}, on {base.get('modules', 'unknown')} modules"
+            f"values: {values_GK.numel()} (groups: {len(values_GK)}, u={fields.get('u')}), r={fields.get('r')}, "
+            f"n_tie={fields.get('n_tie')}, tying={fields.get('tying')}, on {base.get('modules', 'unknown')} modules"
         )
     listed = {name: value for name, value in sorted(fields.items()) if value is not None and name not in NOT_LISTED}
     print(f"config: {', '.join(f'{name}={value!r}' for name, value in listed.items())}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Optional
 
@@ -24,7 +23,7 @@ def refuse_unfit_base(name: str, revision: Optional[str] = None) -> None:
     if not os.path.isdir(name):
         _refuse_missing(name, MODEL_FILE, revision)
     elif os.path.isfile(os.path.join(name, ADAPTER_FILE)):
-        raise ValueError(f"{name} is an adapter, not a base model{_its_base(name)}.")
+        raise ValueError(f"{name} is an adapter, not a base model. Name the base that its {ADAPTER_FILE} names.")
     elif not os.path.isfile(os.path.join(name, MODEL_FILE)):
         raise ValueError(f"{name} has no {MODEL_FILE}: it is no model. Name the folder or the Hub id of a base model.")
 
@@ -63,13 +62,3 @@ def _refuse_missing(name: str, file: str, revision: Optional[str]) -> None:
     except (HTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{name} is no folder, and not to be had from the Hub: {reason}") from error
-
-
-def _its_base(folder: str) -> str:
-    """The end of a sentence that names an adapter's base model, as far as its configuration does."""
-    try:
-        with open(os.path.join(folder, ADAPTER_FILE), encoding="utf-8") as file:
-            base = json.load(file).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError):
-        base = None
-    return f": name its base, {base}" if base else ": name its base"

@@ -54,7 +54,7 @@ def run(main: Callable, arguments: Iterable[type]) -> Any:
     """
     Runs a recipe on the process's command line; what the user can mend ends it in one line, with exit status 1.
 
-    With `TRL_TINYLORA_DEBUG=1` in the environment the traceback is shown as well.
+    With `TRL_TINYLORA_DEBUG=1` in the environment it ends in its traceback.
 
     Args:
         main (`Callable`): The recipe.
@@ -72,7 +72,7 @@ def run(main: Callable, arguments: Iterable[type]) -> Any:
         if os.environ.get(DEBUG):
             raise
         message = " ".join(str(error).split()) or type(error).__name__
-        print(f"error: {message} ({DEBUG}=1 shows the traceback)", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
 
 

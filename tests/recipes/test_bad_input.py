@@ -80,7 +80,7 @@ def refused(monkeypatch, capsys, places):
         printed = capsys.readouterr()
         assert ended.value.code == 1 and printed.out == ""
         (line,) = printed.err.splitlines()
-        assert line.startswith("error: ") and line.endswith(" (TRL_TINYLORA_DEBUG=1 shows the traceback)")
+        assert line.startswith("error: ")
         assert {path: path.is_file() and path.read_bytes() for path in places.rglob("*")} == before
         return line.replace(str(places), "%")
 
@@ -120,7 +120,10 @@ def test_a_wrong_command_line_is_answered_in_one_line(refused, script, command, 
         ("--use_cpu true --model_name_or_path recipes/toy/base", "dataset_name is missing: give --dataset_name"),
         (f"{TRAIN} --model_name_or_path ./nothing", "'./nothing' is no folder, and no Hub id (owner/name)"),
         (f"{TRAIN} --model_name_or_path nobody/nothing", "nobody/nothing is no folder, and not to be had from the Hub"),
-        (f"{TRAIN} --model_name_or_path %/adapter", "%/adapter is an adapter, not a base model: name its base, "),
+        (
+            f"{TRAIN} --model_name_or_path %/adapter",
+            "%/adapter is an adapter, not a base model. Name the base that its ",
+        ),
         (f"{TRAIN} --model_name_or_path %/folder", "%/folder has no config.json: it is no model"),
         (f"{TRAIN} --model_name_or_path %/file", "%/file is a file. Name the folder"),
         (f"{TRAIN} --dataset_name %/nothing.jsonl", "%/nothing.jsonl does not exist"),

@@ -127,7 +127,7 @@ def test_inspect_prints_values_sizes_and_configuration(run, adapter, base_folder
     size = (adapter / "adapter_model.safetensors").stat().st_size
     assert out[:2] == ["type: TRL_TINYLORA", f"base model: {base_folder}"]
     assert out[2] == f"file: {size} bytes, 48 of them tensors"
-    assert out[3] == "values: 12, in 4 groups of u=3, r=2, n_tie=4, tiled, on 14 modules"
+    assert out[3] == "values: 12 (groups: 4, u=3), r=2, n_tie=4, tying=tiled, on 14 modules"
     assert "projection_seed=0" in out[4] and "save_dtype='float32'" in out[4]
     assert "float32, shape (4, 3), values -1 -0.818182 " in out[5] and out[5].endswith(" 1")
 

@@ -1,7 +1,5 @@
 """What is taken for a base model and for an adapter, before anything is loaded. CPU, no network, no model."""
 
-import json
-
 import huggingface_hub
 import pytest
 
@@ -16,8 +14,7 @@ def folders(tmp_path):
     for name in ("model", "both"):
         (tmp_path / name / "config.json").write_text("{}")
     for name in ("adapter", "both"):
-        path = tmp_path / name / "adapter_config.json"
-        path.write_text(json.dumps({"base_model_name_or_path": "the/base"}))
+        (tmp_path / name / "adapter_config.json").write_text("[")
     (tmp_path / "file").touch()
     return tmp_path
 
@@ -43,7 +40,7 @@ def test_a_models_and_an_adapters_folder_are_accepted(folders):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("adapter", "adapter is an adapter, not a base model: name its base, the/base"),
+        ("adapter", "adapter is an adapter, not a base model. Name the base that its adapter_config.json names"),
         ("both", "both is an adapter, not a base model"),
         ("empty", "empty has no config.json: it is no model. Name the folder"),
         ("file", "file is a file. Name the folder that it lies in"),
@@ -75,12 +72,6 @@ def test_a_name_that_cannot_be_an_adapters_on_the_hub_is_not_asked_for(requests,
     with pytest.raises(ValueError, match="no folder, and no Hub id"):
         refuse_unfit_adapter(name)
     assert requests == []
-
-
-def test_a_damaged_configuration_still_makes_an_adapter(folders):
-    (folders / "adapter" / "adapter_config.json").write_text("[")
-    with pytest.raises(ValueError, match="adapter is an adapter, not a base model: name its base.$"):
-        refuse_unfit_base(str(folders / "adapter"))
 
 
 @pytest.mark.parametrize(
