@@ -66,8 +66,8 @@ class Watch(TrainerCallback):
         rest = f", from step {state.global_step} on" if state.global_step else ""
         _say(
             state,
-            f"Training {_described(model)}: {_counted(state.max_steps, 'step')}{rest}, learning rate {args.learning_rate:g}, on "
-            f"{self.rows}",
+            f"Training {_described(model)}: {_counted(state.max_steps, 'step')}{rest}, learning rate "
+            f"{args.learning_rate:g}, on {self.rows}",
         )
 
     def on_step_end(self, args, state, control, model, **kwargs):
