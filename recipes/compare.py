@@ -11,7 +11,6 @@ import json
 import signal
 import sys
 
-import trl
 from comparison import readme, report, summary
 from comparison.arguments import CompareArguments
 from comparison.plan import ALLOWED_DIFFERENCES, Plan
@@ -20,6 +19,9 @@ from comparison.runs import Run
 from comparison.workers import Progress, Workers
 from records.files import write_text
 from records.provenance import read_provenance
+from training import launch
+
+from trl_tinylora.sources import refuse_unfit_base
 
 
 class Comparison:
@@ -114,9 +116,13 @@ def main(arguments: CompareArguments) -> int:
         arguments (`CompareArguments`): The comparison.
     Returns:
         `int`: Exit status: 1 if a run failed or is missing.
+    Raises:
+        ValueError: If the base model is none.
     """
     comparison = Comparison(arguments)
     if not arguments.report_only:
+        settings = comparison.untrained.settings
+        refuse_unfit_base(settings["model_name_or_path"], settings.get("model_revision"))
         comparison.announce()
     found = comparison.run()
     if found is None:
@@ -134,7 +140,7 @@ def main(arguments: CompareArguments) -> int:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        status = main(*trl.TrlParser((CompareArguments,)).parse_args_and_config())
+        status = launch.run(main, (CompareArguments,))
     except KeyboardInterrupt:
         status = "Interrupted. What is finished is kept: the same command continues."
     sys.exit(status)

@@ -24,8 +24,10 @@ from evaluation.completions import KINDS
 from evaluation.generation import Generator, TransformersGenerator, VllmGenerator, load_model, refuse_missing_vllm
 from evaluation.metrics import GRADINGS, regrade, summarize, write_metrics
 from evaluation.run import complete
+from training.launch import run
 
 import trl_tinylora  # noqa: F401 - PEFT loads a TinyLoRA adapter only once the package has registered it
+from trl_tinylora.sources import refuse_unfit_adapter, refuse_unfit_base
 from trl_tinylora.tasks import get_task
 
 
@@ -42,12 +44,14 @@ def main(model_args: trl.ModelConfig, evaluation_args: EvaluationArguments) -> d
     Returns:
         `dict`: As [`evaluate`]; of several benchmarks, by their names.
     Raises:
-        FileExistsError: If the output folder already holds a finished evaluation, or one of other settings.
-        ValueError: If no model is named.
+        FileExistsError: If the output folder is a file, or holds a finished evaluation or one of other settings.
+        ValueError: If no model is named, or model or adapter is none.
         ImportError: If vLLM is asked for and not installed.
     """
     args = evaluation_args
     output_dir = Path(args.output_dir)
+    if output_dir.is_file():
+        raise FileExistsError(f"output_dir={args.output_dir!r} is a file: name a folder by --output_dir")
     if args.regrade:
         folders = [output_dir / name for name in args.benchmark or ()] or [output_dir]
         results = {folder.name: regrade(folder, args.task) for folder in folders}
@@ -58,6 +62,9 @@ def main(model_args: trl.ModelConfig, evaluation_args: EvaluationArguments) -> d
         raise ValueError("model_name_or_path is missing: name the model to evaluate")
     if args.backend == "vllm":
         refuse_missing_vllm()
+    refuse_unfit_base(model_args.model_name_or_path, model_args.model_revision)
+    if args.adapter_path is not None:
+        refuse_unfit_adapter(args.adapter_path)
 
     jobs = _jobs(args)
     finished = [folder for folder, _, _ in jobs.values() if (folder / "metrics.json").exists()]
@@ -119,4 +126,4 @@ def _print_metrics(name: str, metrics: dict) -> None:
 
 
 if __name__ == "__main__":
-    main(*trl.TrlParser(ARGUMENTS).parse_args_and_config())
+    run(main, ARGUMENTS)

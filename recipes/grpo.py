@@ -11,7 +11,7 @@ import trl
 from training.arguments import AdapterArguments, RLArguments, build_peft_config
 from training.callbacks import callbacks_for
 from training.card import describe_training
-from training.launch import refuse_miscounted_processes, resume_point
+from training.launch import prepare, run
 
 from trl_tinylora import SamplingFidelityCallback, TinyLoraConfig
 from trl_tinylora.storage.card import put_section
@@ -38,12 +38,11 @@ def main(
     Returns:
         [`~trl.GRPOTrainer`]: After training.
     Raises:
-        ValueError: If arguments contradict each other.
+        ValueError: If arguments contradict each other, or one is missing or names nothing that can be trained.
         FileExistsError: If the output folder already holds a run.
-        RuntimeError: If the processes of a launch do not see each other.
+        FloatingPointError: If the run diverges; what was saved before stays.
     """
-    refuse_miscounted_processes(training_args)
-    resume_from_checkpoint = resume_point(training_args)
+    resume_from_checkpoint = prepare(script_args, training_args, model_args, adapter_args)
     peft_config = build_peft_config(adapter_args, model_args)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -69,7 +68,7 @@ def main(
         eval_dataset=task.for_rl(eval_rows, script_args.system_prompt) if eval_rows is not None else None,
         quantization_config=trl.get_quantization_config(model_args),
         peft_config=peft_config,
-        callbacks=callbacks_for(adapter_args, training_args),
+        callbacks=callbacks_for(adapter_args, training_args, f"{len(train_rows)} rows of {script_args.dataset_name}"),
     )
     if training_args.use_vllm and isinstance(peft_config, TinyLoraConfig):
         trainer.add_callback(SamplingFidelityCallback(trainer))
@@ -84,4 +83,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main(*trl.TrlParser(ARGUMENTS).parse_args_and_config()).end()
+    run(main, ARGUMENTS).end()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from typing import TYPE_CHECKING
 
-from .config import TinyLoraConfig, TinyLoraPeftType
-from .convert.lora import export_lora
-from .convert.peft_tinylora import convert_peft_tinylora
-from .registration import register
-from .tuner.model import TinyLoraModel
 from .version import __version__
 
 
 if TYPE_CHECKING:
+    from .config import TinyLoraConfig, TinyLoraPeftType
+    from .convert.lora import export_lora
+    from .convert.peft_tinylora import convert_peft_tinylora
+    from .registration import register
+    from .tuner.model import TinyLoraModel
     from .vllm.fidelity import SamplingFidelityCallback, sampling_fidelity
 
 
@@ -28,13 +30,33 @@ __all__ = [
     "sampling_fidelity",
 ]
 
-register()
+# Imported where they are asked for: the base class of callbacks takes half as long as everything else here.
+_MODULES = {
+    "SamplingFidelityCallback": "vllm.fidelity",
+    "TinyLoraConfig": "config",
+    "TinyLoraModel": "tuner.model",
+    "TinyLoraPeftType": "config",
+    "convert_peft_tinylora": "convert.peft_tinylora",
+    "export_lora": "convert.lora",
+    "register": "registration",
+    "sampling_fidelity": "vllm.fidelity",
+}
 
 
 def __getattr__(name: str) -> object:
-    # The base class of callbacks takes half as long to import as everything else here.
-    if name in ("SamplingFidelityCallback", "sampling_fidelity"):
-        from .vllm import fidelity
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
 
-        return getattr(fidelity, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+# Python imports the package before it runs `python -m trl_tinylora`, whose commands register where they need PEFT: its
+# import takes seconds, which `--help` does not. While it does so, `sys.argv[0]` is "-m", and the name stands before the
+# command's own arguments.
+if not (sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == __name__):
+    from .registration import register
+
+    register()

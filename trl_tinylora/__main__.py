@@ -2,6 +2,8 @@
 The command line: `python -m trl_tinylora plan | inspect | export | verify`.
 
 Exit status 0 where all went well, 1 with one line on stderr where something is wrong, 2 for a wrong command line.
+
+What takes seconds to import is imported by the command that needs it, once its arguments are known to be right.
 """
 
 from __future__ import annotations
@@ -12,28 +14,26 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
-import huggingface_hub
-import transformers
-from huggingface_hub import snapshot_download
-from peft import PeftModel, PeftType
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from .config import TinyLoraConfig, TinyLoraPeftType
-from .convert.lora import DTYPES, export_lora, read_config
-from .convert.peft_tinylora import convert_peft_tinylora
-from .maths.tying import TYINGS, count_groups
-from .storage.checkpoint import read_tensors
-from .tuner.layer import Linear
-from .tuner.targets import resolve_target_modules, skeleton
+from .sources import ADAPTER_FILE, refuse_unfit_adapter, refuse_unfit_base
 
 
-DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from .config import TinyLoraConfig
+
+
+OWN_TYPE = "TRL_TINYLORA"
+WEIGHTS_FILE = "adapter_model.safetensors"
+DTYPE_NAMES = ("float32", "float16", "bfloat16")
 # Tensors of more values are not listed.
 MOST_VALUES = 64
+# Of a configuration, what is shown in another line, or is long and says nothing to a reader.
+NOT_LISTED = ("peft_type", "base_model_name_or_path", "base_fingerprint", "singular_bases")
 # What wrong input raises here, in PEFT, in transformers and on the Hub. Anything else is a bug: its traceback is shown.
 EXPECTED = (ValueError, TypeError, KeyError, OSError, RuntimeError, SafetensorError)
 
@@ -52,9 +52,6 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         SystemExit: With status 2 for a wrong command line, with 0 for `--help`.
     """
     options = _parser().parse_args(arguments)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    huggingface_hub.utils.disable_progress_bars()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -87,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     about = "write an adapter (also one of PEFT's TINYLORA) as a plain LoRA"
     export = command(_export, about, adapter=either, out="folder to write")
     export.add_argument("--base", metavar="MODEL", help="base model (default: the one that the adapter names)")
-    export.add_argument("--dtype", choices=list(DTYPE_NAMES), default="float32", help="of the file (default float32)")
+    export.add_argument("--dtype", choices=DTYPE_NAMES, default="float32", help="of the file (default float32)")
     export.add_argument("--overwrite", action="store_true", help="replace an adapter in OUT")
     command(_verify, "load an adapter on a base model", adapter=either, model=f"{either} of the base model")
     return parser
@@ -100,7 +97,28 @@ def _count(text: str) -> int:
     return value
 
 
+def _register_quietly() -> None:
+    """Makes PEFT know the adapters' type, and keeps bars and remarks of the libraries out of what is printed."""
+    import huggingface_hub
+    import transformers
+
+    from .registration import register
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    huggingface_hub.utils.disable_progress_bars()
+    register()
+
+
 def _plan(options: argparse.Namespace) -> None:
+    refuse_unfit_base(options.model)
+    _register_quietly()
+    from transformers import AutoConfig
+
+    from .config import TinyLoraConfig
+    from .maths.tying import TYINGS, count_groups
+    from .tuner.targets import resolve_target_modules, skeleton
+
     model = skeleton(AutoConfig.from_pretrained(options.model))
     fields = {"r": options.r}
     if options.target_modules:
@@ -111,32 +129,40 @@ def _plan(options: argparse.Namespace) -> None:
     print(f"{options.model}: {n_modules} modules at r={options.r}")
     row = "{:<10} {:>7} {:>8} {:>5} {:>6} {:>6}  {}"
     print(row.format("tying", "values", "bytes", "u", "n_tie", "groups", "config"))
+    remarks = []
     for tying in TYINGS:
         seen = set()
         for budget in budgets:
             config = TinyLoraConfig.for_budget(model, budget, tying=tying, **fields)
             groups = count_groups(names, config.n_tie, tying)
             values = groups * config.u
+            if values != budget and options.values:
+                remarks.append(f"no configuration has {budget} values with tying={tying!r}; the nearest has {values}")
             if values in seen:
                 continue
             seen.add(values)
             line = _config_line(config, fields)
             print(row.format(tying, values, 4 * values, config.u, str(config.n_tie), groups, line))
+    for remark in remarks:
+        print(remark)
 
 
 def _config_line(config: TinyLoraConfig, asked_for: dict) -> str:
-    plain = TinyLoraConfig()
+    plain = type(config)()
     wanted = {"u": config.u, "n_tie": config.n_tie, "tying": config.tying, **asked_for}
     return f"TinyLoraConfig({', '.join(f'{k}={v!r}' for k, v in wanted.items() if v != getattr(plain, k))})"
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    folder = _adapter_folder(options.adapter)
-    fields = read_config(folder)
-    path = folder / SAFETENSORS_WEIGHTS_NAME
+    folder, fields = _read_adapter(options.adapter)
+    from .config import TinyLoraConfig
+    from .storage.checkpoint import VALUES, read_tensors
+
+    path = folder / WEIGHTS_FILE
     if not path.is_file():
-        raise ValueError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}.")
-    if fields.get("peft_type") == TinyLoraPeftType.TRL_TINYLORA.value:
+        raise ValueError(f"{folder} has no {WEIGHTS_FILE}.")
+    is_own = fields.get("peft_type") == OWN_TYPE
+    if is_own:
         # Says which of the two files is damaged.
         TinyLoraConfig.from_pretrained(str(folder))
     tensors = read_tensors(path)
@@ -144,7 +170,15 @@ def _inspect(options: argparse.Namespace) -> None:
     print(f"type: {fields.get('peft_type')}")
     print(f"base model: {fields.get('base_model_name_or_path')}")
     print(f"file: {path.stat().st_size} bytes, {n_bytes} of them tensors")
-    print(f"config: {', '.join(f'{name}={value!r}' for name, value in sorted(fields.items()) if value is not None)}")
+    if is_own:
+        (values_GK,) = (tensor for name, tensor in tensors.items() if name.endswith(VALUES))
+        base = fields.get("base_fingerprint") or {}
+        print(
+            f"values: {values_GK.numel()} (groups: {len(values_GK)}, u={fields.get('u')}), r={fields.get('r')}, "
+            f"n_tie={fields.get('n_tie')}, tying={fields.get('tying')}, on {base.get('modules', 'unknown')} modules"
+        )
+    listed = {name: value for name, value in sorted(fields.items()) if value is not None and name not in NOT_LISTED}
+    print(f"config: {', '.join(f'{name}={value!r}' for name, value in listed.items())}")
     for name, tensor in sorted(tensors.items()):
         is_listed = tensor.is_floating_point() and tensor.numel() <= MOST_VALUES
         values = f", values {' '.join(f'{value:.6g}' for value in tensor.flatten().tolist())}" if is_listed else ""
@@ -152,41 +186,85 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    folder = _adapter_folder(options.adapter)
-    fields = read_config(folder)
-    how = {"dtype": DTYPE_NAMES[options.dtype], "overwrite": options.overwrite}
+    _refuse_to_write_over(options.out, options.adapter)
+    folder, fields = _read_adapter(options.adapter)
     base = options.base or fields.get("base_model_name_or_path")
     if not base:
-        raise ValueError(f"{folder / CONFIG_NAME} names no base model. Name it with `--base`.")
+        raise ValueError(f"{folder / ADAPTER_FILE} names no base model. Name it with `--base`.")
+    _refuse_to_write_over(options.out, base)
+    refuse_unfit_base(base)
+    import torch
+    from peft import PeftType
+    from transformers import AutoConfig
+
+    from .convert.lora import export_lora
+    from .convert.peft_tinylora import convert_peft_tinylora
+
+    how = {"dtype": getattr(torch, options.dtype), "overwrite": options.overwrite}
     if fields.get("peft_type") == PeftType.TINYLORA.value:
         convert_peft_tinylora(folder, options.out, model=AutoConfig.from_pretrained(base), **how)
     else:
-        TinyLoraConfig.from_pretrained(str(folder))
-        export_lora(_load(folder, base), options.out, **how)
-    print(f"wrote {options.out}: {(Path(options.out) / SAFETENSORS_WEIGHTS_NAME).stat().st_size} bytes")
+        export_lora(_load(folder, fields, base), options.out, **how)
+    print(f"wrote {options.out}: {(Path(options.out) / WEIGHTS_FILE).stat().st_size} bytes")
+
+
+def _refuse_to_write_over(out: str, read: str) -> None:
+    if os.path.exists(out) and os.path.exists(read) and os.path.samefile(out, read):
+        raise ValueError(f"{out} is read, and would be written over. Name another folder to write.")
 
 
 def _verify(options: argparse.Namespace) -> None:
-    folder = _adapter_folder(options.adapter)
-    read_config(folder)
-    TinyLoraConfig.from_pretrained(str(folder))
-    model = _load(folder, options.model)
+    refuse_unfit_adapter(options.adapter)
+    refuse_unfit_base(options.model)
+    folder, fields = _read_adapter(options.adapter)
+    from .tuner.layer import Linear
+
+    model = _load(folder, fields, options.model)
     n_modules = sum(isinstance(module, Linear) for module in model.modules())
     n_values = sum(p.numel() for name, p in model.named_parameters() if "lora_magnitude_vector" in name)
     print(f"OK: {n_values} values on {n_modules} modules of {options.model}")
 
 
-def _load(folder: Path, base: str) -> PeftModel:
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(folder))
+def _load(folder: Path, fields: dict, base: str) -> PeftModel:
+    """The base model with the adapter. What tells another base is compared before singular vectors are computed."""
+    if fields.get("peft_type") != OWN_TYPE:
+        raise ValueError(f"{folder} holds an adapter of type {fields.get('peft_type')}, not {OWN_TYPE}.")
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from .config import TinyLoraConfig
+    from .storage.fingerprint import probes_needed, refuse_another_base, take_probe
+    from .tuner.targets import as_OI, resolve_target_modules
+
+    config = TinyLoraConfig.from_pretrained(str(folder))
+    model = AutoModelForCausalLM.from_pretrained(base)
+    if config.base_fingerprint is not None:
+        linears = {name: model.get_submodule(name) for name in resolve_target_modules(model, config)}
+        count = probes_needed(len(linears))
+        try:
+            refuse_another_base(
+                config.base_fingerprint,
+                {name: take_probe(name, as_OI(linear, linear.weight), count) for name, linear in linears.items()},
+            )
+        except ValueError as error:
+            own = config.base_model_name_or_path or "the model that it was trained on"
+            raise ValueError(
+                f"{base} is not the base model of {folder}: {error}. Name {own}, as it was then, unquantised."
+            ) from error
+    return PeftModel.from_pretrained(model, str(folder))
 
 
-def _adapter_folder(name: str) -> Path:
-    if os.path.isdir(name):
-        return Path(name)
-    try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{name} is no folder, and not to be had from the Hub: {error}") from error
+def _read_adapter(name: str) -> tuple[Path, dict]:
+    """The folder of an adapter, downloaded where it is on the Hub, and the fields of its configuration."""
+    refuse_unfit_adapter(name)
+    _register_quietly()
+    from huggingface_hub import snapshot_download
+
+    from .convert.lora import read_config
+
+    is_folder = os.path.isdir(name)
+    folder = Path(name if is_folder else snapshot_download(name, allow_patterns=[ADAPTER_FILE, WEIGHTS_FILE]))
+    return folder, read_config(folder)
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def build_peft_config(adapter_args: AdapterArguments, model_args: trl.ModelConfi
     Returns:
         [`~peft.PeftConfig`] or `None`: `None` for full fine-tuning.
     Raises:
-        ValueError: If an argument of LoRA is given for another adapter.
+        ValueError: If an argument of LoRA is given for another adapter, or no configuration has `n_values` values.
     """
     changed = {
         item.name: getattr(model_args, item.name)
@@ -162,7 +162,7 @@ def build_peft_config(adapter_args: AdapterArguments, model_args: trl.ModelConfi
         return TinyLoraConfig(task_type="CAUSAL_LM", **adapter_args.tinylora_fields())
     model_config = AutoConfig.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
     return TinyLoraConfig.for_budget(
-        model_config, adapter_args.n_values, task_type="CAUSAL_LM", **adapter_args.tinylora_fields()
+        model_config, adapter_args.n_values, exact=True, task_type="CAUSAL_LM", **adapter_args.tinylora_fields()
     )
 
 

@@ -1,11 +1,118 @@
-"""What is refused before a training starts, and the checkpoint that it continues from."""
+"""How a recipe starts and fails: its command line, what is refused before anything is loaded, where it continues."""
 
+import difflib
 import json
 import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
+import trl
+import yaml
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+
+from training.arguments import AdapterArguments, RecipeArguments
+from trl_tinylora.sources import ADAPTER_FILE, MODEL_FILE, refuse_unfit_base
+
+
+DEBUG = "TRL_TINYLORA_DEBUG"
+# What wrong arguments and files raise. Anything else (a bug, memory that ran out) is shown with its traceback.
+EXPECTED = (ValueError, TypeError, OSError, ImportError, NotImplementedError, FloatingPointError, yaml.YAMLError)
+# Of TinyLoRA. GRPOConfig's default, 1e-6, is meant for whole models.
+LOWEST_LEARNING_RATE = 1e-5
+KINDS = {"TRL_TINYLORA": "tinylora", "LORA": "lora"}
+
+
+class _Parser(trl.TrlParser):
+    """TRL's parser, with errors of one line."""
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, unknown = super().parse_known_args(args, namespace)
+        self._refuse(unknown)
+        return namespace, unknown
+
+    def set_defaults_with_config(self, **settings):
+        unknown = super().set_defaults_with_config(**settings)
+        self._refuse(unknown)
+        return unknown
+
+    def _refuse(self, unknown: list[str]) -> None:
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            alike = difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.8)
+            meant = f": did you mean {alike[0]}?" if alike else ""
+            raise ValueError(f"there is no argument {name}{meant} (--help lists all)")
+
+
+def run(main: Callable, arguments: Iterable[type]) -> Any:
+    """
+    Runs a recipe on the process's command line; what the user can mend ends it in one line, with exit status 1.
+
+    With `TRL_TINYLORA_DEBUG=1` in the environment it ends in its traceback.
+
+    Args:
+        main (`Callable`): The recipe.
+        arguments (`Iterable[type]`): The dataclasses that it takes.
+    Returns:
+        `Any`: What the recipe returns.
+    Raises:
+        SystemExit: With status 1.
+    """
+    try:
+        if len(sys.argv) == 1 or sys.argv[-1] == "--config":
+            raise ValueError("no recipe is named: give --config FILE, as recipes/toy/sft.yaml, or see --help")
+        return main(*_Parser(arguments).parse_args_and_config())
+    except EXPECTED as error:
+        if os.environ.get(DEBUG):
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(1)
+
+
+def prepare(
+    script_args: RecipeArguments,
+    training_args: TrainingArguments,
+    model_args: trl.ModelConfig,
+    adapter_args: AdapterArguments,
+) -> str | None:
+    """
+    Refuses what cannot be trained, before anything is loaded, and finds the checkpoint that the training continues.
+
+    Args:
+        script_args (`RecipeArguments`): The rows.
+        training_args ([`~transformers.TrainingArguments`]): The trainer's own arguments.
+        model_args ([`~trl.ModelConfig`]): The model.
+        adapter_args (`AdapterArguments`): What is trained.
+    Returns:
+        `str` or `None`: As of [`resume_point`].
+    Raises:
+        ValueError: If an argument is missing, or names no base model, or the checkpoint's adapter is of another kind.
+        FileExistsError, FileNotFoundError: As of [`resume_point`].
+    """
+    model, rows = model_args.model_name_or_path, script_args.dataset_name
+    for name, given in (("model_name_or_path", model), ("dataset_name", rows)):
+        if given is None:
+            raise ValueError(f"{name} is missing: give --{name}, or a recipe that names it by --config")
+    refuse_miscounted_processes(training_args)
+    checkpoint = resume_point(training_args)
+    if checkpoint is not None:
+        _refuse_another_kind(Path(checkpoint), adapter_args.adapter)
+    refuse_unfit_base(model, model_args.model_revision)
+    rate = training_args.learning_rate
+    if adapter_args.adapter == "tinylora" and rate < LOWEST_LEARNING_RATE:
+        warnings.warn(
+            f"learning_rate={rate:g} moves TinyLoRA's values by about that much a step, which changes the model hardly "
+            f"at all. Take {LOWEST_LEARNING_RATE:g} or more; the recipes take 1e-4 for 13 values.",
+            stacklevel=2,
+        )
+    return checkpoint
 
 
 def refuse_miscounted_processes(training_args: TrainingArguments) -> None:
@@ -15,11 +122,11 @@ def refuse_miscounted_processes(training_args: TrainingArguments) -> None:
     Args:
         training_args ([`~transformers.TrainingArguments`]): Read for `world_size`.
     Raises:
-        RuntimeError: If the launcher started another number of processes than the trainer counts.
+        ValueError: If the launcher started another number of processes than the trainer counts.
     """
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != training_args.world_size:
-        raise RuntimeError(
+        raise ValueError(
             f"the launcher started {started} processes, but the trainer counts {training_args.world_size}. Without a "
             "GPU, DeepSpeed needs `use_cpu: true` in the YAML (or --use_cpu true)."
         )
@@ -30,52 +137,82 @@ def resume_point(training_args: TrainingArguments) -> str | None:
     The checkpoint where the trainer continues, and the refusal to write over what is already in the output folder.
 
     Args:
-        training_args ([`~transformers.TrainingArguments`]): Read for `output_dir` and `resume_from_checkpoint`.
+        training_args ([`~transformers.TrainingArguments`]): Read for `output_dir`, `resume_from_checkpoint`,
+            `max_steps` and `num_train_epochs`.
     Returns:
         `str` or `None`: For `trainer.train(resume_from_checkpoint=...)`: a checkpoint (for "true" the last complete one
         in the output folder), or `None` for a new run.
     Raises:
-        FileExistsError: If a new run would write over a finished or an interrupted one.
+        FileExistsError: If a new run would write over a finished or an interrupted one, or the folder is a file.
         FileNotFoundError: If there is no checkpoint to continue from.
+        ValueError: If the checkpoint has all the steps that were asked for.
     """
     output_dir = Path(training_args.output_dir)
+    if output_dir.is_file():
+        raise FileExistsError(f"output_dir={training_args.output_dir!r} is a file: name a folder by --output_dir")
     # The trainer's own; somebody's "checkpoint-best" has no place in their order.
     numbered = [path for path in output_dir.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
     checkpoints = sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]))
+    complete = [path for path in checkpoints if _state_of(path) is not None]
     wanted = str(training_args.resume_from_checkpoint or "false")
     # The trainer takes the text "true", all that a command line can give, for the name of a folder.
     if wanted.lower() == "true":
-        complete = [path for path in checkpoints if _is_complete(path)]
         if not complete:
             raise FileNotFoundError(
                 f"resume_from_checkpoint is true, but output_dir={training_args.output_dir!r} holds no "
                 f"{'complete ' if checkpoints else ''}checkpoint: start anew without it, in another folder if this one "
                 "is not empty (checkpoints are written where save_strategy is 'steps' or 'epoch')"
             )
-        return str(complete[-1])
-    if wanted.lower() != "false":
+        wanted = str(complete[-1])
+    elif wanted.lower() != "false":
         if not Path(wanted).is_dir():
             raise FileNotFoundError(f"resume_from_checkpoint={wanted!r} is no folder")
-        if not _is_complete(Path(wanted)):
+        if _state_of(Path(wanted)) is None:
             raise FileNotFoundError(
                 f"resume_from_checkpoint={wanted!r} is no complete checkpoint: its writing was interrupted. Take an "
                 "earlier one; 'true' takes the last complete one in output_dir"
             )
+    if wanted.lower() != "false":
+        if _is_at_the_end(Path(wanted), training_args):
+            raise ValueError(
+                f"{wanted} is at the last step of this run (max_steps={training_args.max_steps}, num_train_epochs="
+                f"{training_args.num_train_epochs:g}): nothing is left to train, and it holds what was trained. Raise "
+                "one of the two to train on"
+            )
         return wanted
-    is_finished = any((output_dir / name).exists() for name in ("adapter_config.json", "config.json"))
+    is_finished = any((output_dir / name).exists() for name in (ADAPTER_FILE, MODEL_FILE))
     if is_finished or checkpoints:
         state = "a finished run" if is_finished else "the checkpoints of an interrupted run"
+        can_continue = complete and not _is_at_the_end(complete[-1], training_args)
         raise FileExistsError(
             f"output_dir={training_args.output_dir!r} already holds {state}: choose another --output_dir, delete "
-            "the folder" + (", or continue with --resume_from_checkpoint true" if checkpoints else "")
+            "the folder" + (", or continue with --resume_from_checkpoint true" if can_continue else "")
         )
     return None
 
 
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether the trainer had finished writing it: its state is the last file (transformers 5.23, trainer.py:3409)."""
+def _state_of(checkpoint: Path) -> dict | None:
+    """The trainer's state, the last file that it writes (transformers 5.23, trainer.py:3409); `None` without it."""
     try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        return json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return True
+        return None
+
+
+def _is_at_the_end(checkpoint: Path, training_args: TrainingArguments) -> bool:
+    """Whether a trainer would have no step left: it makes one more all the same."""
+    state = _state_of(checkpoint)
+    if training_args.max_steps > 0:
+        return state.get("global_step", 0) >= training_args.max_steps
+    return (state.get("epoch") or 0) >= training_args.num_train_epochs
+
+
+def _refuse_another_kind(checkpoint: Path, adapter: str) -> None:
+    """Raises `ValueError` where a checkpoint's adapter is of another kind than the one to be trained."""
+    path = checkpoint / ADAPTER_FILE
+    kind = json.loads(path.read_text(encoding="utf-8")).get("peft_type") if path.is_file() else "full"
+    if KINDS.get(kind, kind) != adapter:
+        raise ValueError(
+            f"{checkpoint} was made with adapter={KINDS.get(kind, kind)!r}, but adapter is {adapter!r}: give --adapter "
+            f"{KINDS.get(kind, kind)}, or start anew in another --output_dir"
+        )

@@ -32,7 +32,7 @@ def test_the_sft_recipe_under_zero3_trains_what_one_process_trains(base_folder, 
 def test_a_number_of_processes_other_than_the_launcher_started_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     refuse_miscounted_processes(SimpleNamespace(world_size=2))
-    with pytest.raises(RuntimeError, match="started 2 processes, but the trainer counts 1.*use_cpu: true"):
+    with pytest.raises(ValueError, match="started 2 processes, but the trainer counts 1.*use_cpu: true"):
         refuse_miscounted_processes(SimpleNamespace(world_size=1))
 
 

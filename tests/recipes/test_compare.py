@@ -155,3 +155,13 @@ def test_final_runs_have_new_seeds_their_own_projection_and_the_chosen_rate(tmp_
     sweep = planned.sweep()
     assert {run.problems.split for run in sweep} == {"validation"}
     assert {run.settings["seed"] for run in sweep} == {0}
+
+
+def test_a_base_model_that_is_none_is_refused_before_the_first_run(tmp_path, executed):
+    arguments = comparison(tmp_path)
+    for arm, described in arguments.arms.items():
+        name = "sft" if "sft" in described["recipe"] else "grpo"
+        with_recipe(arguments, changed_recipe(tmp_path, name, model_name_or_path="./nothing"), arm)
+    with pytest.raises(ValueError, match="'./nothing' is no folder, and no Hub id"):
+        compare.main(arguments)
+    assert executed.names == [] and not (tmp_path / "out").exists()

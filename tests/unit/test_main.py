@@ -1,11 +1,12 @@
 """
 `python -m trl_tinylora`: what it prints, its exit status, and that errors are one line on stderr.
 
-In this process, but for one test of a process of its own. CPU, no network.
+In this process, but for the tests of what is imported. CPU, no network.
 """
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import trl_tinylora.__main__
 from trl_tinylora import TinyLoraConfig, export_lora
 from trl_tinylora.__main__ import main
+from trl_tinylora.tuner import build
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,8 @@ def assert_fails(result, *parts):
     status, out, err = result
     assert status == 1 and out == []
     assert len(err) == 1 and err[0].startswith("error: ")
+    # What only a Python program could do is no way out here.
+    assert not re.search(r"from_pretrained|\bpass `|\(\)`", err[0])
     for part in parts:
         assert part in err[0]
 
@@ -92,6 +96,9 @@ def test_plan_reads_no_weights(run, base_folder, tmp_path):
     tiled = [line for line in out if line.startswith("tiled")]
     assert [line.split(maxsplit=6)[1] for line in tiled] == ["4"]
     assert tiled[0].endswith("TinyLoraConfig(r=1, target_modules=['q_proj', 'v_proj'])")
+    assert out[-2:] == [
+        f"no configuration has 6 values with tying={tying!r}; the nearest has 4" for tying in ("tiled", "structured")
+    ]
 
 
 def test_plan_reproduces_the_papers_13_values(run, tmp_path):
@@ -120,8 +127,18 @@ def test_inspect_prints_values_sizes_and_configuration(run, adapter, base_folder
     size = (adapter / "adapter_model.safetensors").stat().st_size
     assert out[:2] == ["type: TRL_TINYLORA", f"base model: {base_folder}"]
     assert out[2] == f"file: {size} bytes, 48 of them tensors"
-    assert "n_tie=4" in out[3] and "u=3" in out[3] and "projection_seed=0" in out[3]
-    assert "float32, shape (4, 3), values -1 -0.818182 " in out[4] and out[4].endswith(" 1")
+    assert out[3] == "values: 12 (groups: 4, u=3), r=2, n_tie=4, tying=tiled, on 14 modules"
+    assert "projection_seed=0" in out[4] and "save_dtype='float32'" in out[4]
+    assert "float32, shape (4, 3), values -1 -0.818182 " in out[5] and out[5].endswith(" 1")
+
+
+def test_inspect_prints_no_base64(run, adapter):
+    fields = json.loads((adapter / "adapter_config.json").read_text())
+
+    _, out, _ = run("inspect", adapter)
+
+    assert len(fields["base_fingerprint"]["probes"]) > 100
+    assert not re.search(r"[A-Za-z0-9+]{40}", " ".join(out[2:]))
 
 
 def test_inspect_shows_the_tensors_of_any_adapter(run, adapter, base_folder, tmp_path):
@@ -189,6 +206,18 @@ def test_export_refuses_an_adapters_folder_unless_told(run, adapter, base_folder
     assert len((tmp_path / "lora" / "adapter_model.safetensors").read_bytes()) < len(before)
 
 
+def test_export_never_writes_over_what_it_reads(run, adapter, base_folder, tmp_path):
+    shutil.copytree(adapter, tmp_path / "saved")
+    shutil.copytree(base_folder, tmp_path / "base")
+    before = {path: path.read_bytes() for path in tmp_path.glob("*/*")}
+
+    for out in (tmp_path / "saved", tmp_path / "saved" / ".." / "saved", tmp_path / "base"):
+        command = ("export", tmp_path / "saved", out, "--base", tmp_path / "base", "--overwrite")
+        assert_fails(run(*command), f"{out} is read, and would be written over", "Name another folder")
+
+    assert {path: path.read_bytes() for path in tmp_path.glob("*/*")} == before
+
+
 def test_export_refuses_adapters_of_other_methods(run, adapter, base_folder, tmp_path):
     run("export", adapter, tmp_path / "lora")
 
@@ -225,6 +254,50 @@ def test_verify_passes_on_why_an_adapter_does_not_load(run, adapter, base_folder
     assert_fails(run("verify", tmp_path / "any modules", tmp_path / "deeper"), "base model")
 
 
+def test_verify_compares_names_and_weights_before_it_computes_singular_vectors(
+    run, adapter, base_folder, tmp_path, monkeypatch
+):
+    def computed(*args):
+        raise AssertionError("a singular vector was computed")
+
+    monkeypatch.setattr(build, "truncated_svd", computed)
+    make_base(tmp_path / "wider", intermediate_size=96)
+    assert_fails(run("verify", adapter, tmp_path / "wider"), "is not the base model of", "other shapes", base_folder)
+    make_base(tmp_path / "others", initializer_range=0.1)
+    assert_fails(run("verify", adapter, tmp_path / "others"), "is not the base model of", "other weights", base_folder)
+    # Negative control: with its own base it gets there.
+    with pytest.raises(AssertionError, match="a singular vector was computed"):
+        run("verify", adapter, base_folder)
+
+
+# Base models and adapters that are none
+
+
+@pytest.mark.parametrize("base", ["nothing", "./nothing", "an adapter", "an empty folder", "a file", "nobody/nothing"])
+def test_every_command_refuses_at_once_what_is_no_base_model(run, adapter, tmp_path, monkeypatch, base):
+    def loaded(*args, **kwargs):
+        raise AssertionError("something was loaded")
+
+    for loader in (AutoConfig, AutoModelForCausalLM):
+        monkeypatch.setattr(loader, "from_pretrained", loaded)
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    places = {"an adapter": adapter, "an empty folder": tmp_path / "empty", "a file": tmp_path / "file"}
+    base = str(places.get(base, base))
+    for command in (["plan", base], ["verify", adapter, base], ["export", adapter, tmp_path / "out", "--base", base]):
+        assert_fails(run(*command), base)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["nothing", "./nothing", "a base model", "a file", "nobody/nothing"])
+def test_every_command_refuses_at_once_what_is_no_adapter(run, base_folder, tmp_path, name):
+    (tmp_path / "file").touch()
+    name = {"a base model": base_folder, "a file": str(tmp_path / "file")}.get(name, name)
+    for command in (["inspect", name], ["verify", name, base_folder], ["export", name, tmp_path / "out"]):
+        assert_fails(run(*command), name)
+    assert not (tmp_path / "out").exists()
+
+
 # Usage
 
 
@@ -252,16 +325,40 @@ def test_a_bug_is_not_hidden(monkeypatch, adapter):
     def broken(folder):
         raise AssertionError("a bug")
 
-    monkeypatch.setattr(trl_tinylora.__main__, "read_config", broken)
+    monkeypatch.setattr(trl_tinylora.__main__, "refuse_unfit_adapter", broken)
     with pytest.raises(AssertionError, match="a bug"):
         main(["inspect", str(adapter)])
 
 
-def test_the_module_runs_as_a_process(tmp_path):
-    command = [sys.executable, "-m", "trl_tinylora", "inspect", str(tmp_path)]
+def modules_imported_by(*arguments):
+    """Exit status, and every module that a process of the command imported."""
+    command = [sys.executable, "-X", "importtime", "-m", "trl_tinylora", *map(str, arguments)]
     finished = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    rows = [line.split("|") for line in finished.stderr.splitlines() if line.startswith("import time:")]
+    rest = [line for line in finished.stderr.splitlines() if not line.startswith("import time:")]
+    return finished.returncode, rest, {row[2].strip() for row in rows if len(row) == 3}
 
-    assert finished.returncode == 1 and finished.stdout == "" and "Traceback" not in finished.stderr
-    assert finished.stderr.splitlines()[-1] == (
-        f"error: {tmp_path} has no adapter_config.json: it is no adapter folder. Name the folder that was saved."
-    )
+
+HEAVY = {"torch", "transformers", "peft", "numpy", "huggingface_hub"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [(["--help"], 0), (["verify", "--help"], 0), (["plan"], 2), (["inspect", "./no"], 1), (["plan", "./no"], 1)],
+)
+def test_help_and_wrong_arguments_import_nothing_that_takes_seconds(arguments, status):
+    found, _, imported = modules_imported_by(*arguments)
+
+    assert found == status
+    assert "trl_tinylora.sources" in imported and not imported & HEAVY
+
+
+def test_a_command_that_needs_them_imports_them_and_ends_in_one_line(adapter, tmp_path):
+    # Negative control of the test above, too.
+    shutil.copytree(adapter, tmp_path / "cut")
+    (tmp_path / "cut" / "adapter_config.json").write_text("{")
+
+    status, printed, imported = modules_imported_by("inspect", tmp_path / "cut")
+
+    assert status == 1 and len(printed) == 1 and printed[0].startswith(f"error: {tmp_path / 'cut'}")
+    assert "no complete JSON" in printed[0] and imported & HEAVY

@@ -1,7 +1,7 @@
 """
 The package beside PEFT's own methods in one process, whichever is imported first.
 
-Import order and imported modules are a fresh process's matter; two are started.
+Import order and imported modules are a fresh process's matter; three are started.
 """
 
 import os
@@ -14,6 +14,7 @@ import peft
 import pytest
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
+import trl_tinylora
 from trl_tinylora import TinyLoraConfig, TinyLoraModel, TinyLoraPeftType, register
 
 
@@ -167,6 +168,13 @@ print("DONE")
 """
 
 
+def test_every_public_name_is_listed_and_there():
+    assert set(trl_tinylora.__all__) <= set(dir(trl_tinylora))
+    assert all(getattr(trl_tinylora, name) is not None for name in trl_tinylora.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'TinyLoraConfg'"):
+        trl_tinylora.TinyLoraConfg  # noqa: B018
+
+
 def run(script, *flags):
     root = Path(__file__).parents[2]
     path = f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
@@ -186,6 +194,19 @@ def test_pefts_methods_and_ours_load_whichever_was_imported_first(tmp_path):
 
     run(STEPS.format(imports="import peft", folder=str(tmp_path)) + PEFT_FIRST, flag)
     run(STEPS.format(imports="import trl_tinylora", folder=str(tmp_path)) + OURS_FIRST, flag)
+
+
+def test_a_program_that_is_run_as_a_module_finds_the_type_registered(tmp_path):
+    # Only `python -m trl_tinylora` itself leaves it to its commands.
+    (tmp_path / "program").mkdir()
+    (tmp_path / "program" / "__init__.py").write_text("import trl_tinylora\n")
+    mapping = "peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING"
+    code = f"import peft\nassert 'TRL_TINYLORA' in {mapping}, {mapping}\nprint('DONE')\n"
+    (tmp_path / "program" / "__main__.py").write_text(code)
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    command = [sys.executable, "-m", "program", "-m", "trl_tinylora"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert done.stdout == "DONE\n", done.stderr[-3000:]
 
 
 def test_such_a_run_can_fail(tmp_path):

@@ -137,7 +137,7 @@ def write_lora(
     found = [name for name in ADAPTER_FILES if (folder / name).exists()]
     if found and not overwrite:
         raise FileExistsError(
-            f"{folder} holds an adapter already ({', '.join(found)}). Name another folder, or pass `overwrite=True` "
+            f"{folder} holds an adapter already ({', '.join(found)}). Name another folder, or set `overwrite` "
             "(`--overwrite`)."
         )
     tensors = {}

@@ -83,7 +83,7 @@ def convert_peft_tinylora(
         stray = sorted(saved ^ set(places))
         raise ValueError(
             f"{folder} adapts {len(saved)} modules, and on this base model its configuration means {len(places)}; "
-            f"{stray[0]} is in one only. Pass the base model that the adapter was trained on as `model`."
+            f"{stray[0]} is in one only. Name the base model that the adapter was trained on."
         )
     seeded_by = dict(places)
     for earlier in reversed(earlier_adapters):

@@ -87,19 +87,27 @@ def _load_published(dataset_name: str, config: str | None, split: str) -> "Datas
 
 def _read_json(path: Path) -> list[Any]:
     """Rows of a JSON array or of JSON lines; blank lines are an error, so that row and line numbers agree."""
-    text = path.read_text(encoding="utf-8")
+    content = path.read_bytes()
+    if not content.strip():
+        raise ValueError(f"{path} is empty: it must hold a row at least")
     if path.suffix == ".json":
-        rows = json.loads(text)
+        rows = _parsed(content, str(path))
         if not isinstance(rows, list):
             raise ValueError(f"{path} must hold a JSON array of rows, got {type(rows).__name__}")
         return rows
-    rows = []
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, row {number}: not JSON: {error}") from error
-    return rows
+    lines = content.removesuffix(b"\n").split(b"\n")
+    return [_parsed(line, f"{path}, row {number}") for number, line in enumerate(lines, start=1)]
+
+
+def _parsed(content: bytes, place: str) -> Any:
+    """What JSON in UTF-8 says; a complaint names the place."""
+    try:
+        return json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        byte = f"byte {content[error.start]:#04x} at position {error.start}"
+        raise ValueError(f"{place}: not UTF-8 ({byte}): convert the file to UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: not JSON: {error}") from error
 
 
 def _checked(check: Callable[[dict], dict[str, str] | None], row: Any, place: str) -> dict[str, str] | None:

@@ -1,12 +1,14 @@
 """Where a training continues, and what it never writes over."""
 
+import warnings
 from pathlib import Path
 
 import pytest
 import sft
 import trl
 import yaml
-from training.launch import resume_point
+from training.arguments import AdapterArguments, RecipeArguments
+from training.launch import prepare, resume_point
 
 
 TOY = Path(__file__).parents[3] / "recipes" / "toy"
@@ -21,8 +23,12 @@ def test_a_run_is_never_written_over(tmp_path):
     _, training_args, *_ = parse("sft", tmp_path)
     assert resume_point(training_args) is None
     (tmp_path / "checkpoint-10").mkdir()
+    with pytest.raises(FileExistsError, match="interrupted run: choose another --output_dir, delete the folder$"):
+        resume_point(training_args)
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text("{}")
     with pytest.raises(FileExistsError, match="interrupted run.*--resume_from_checkpoint true"):
         resume_point(training_args)
+    (tmp_path / "checkpoint-10" / "trainer_state.json").unlink()
     (tmp_path / "adapter_config.json").touch()
     with pytest.raises(FileExistsError, match="a finished run: choose another --output_dir"):
         resume_point(training_args)
@@ -46,3 +52,63 @@ def test_resuming_without_a_checkpoint_is_refused(tmp_path):
     _, training_args, *_ = parse("sft", tmp_path, resume_from_checkpoint=True)
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
         resume_point(training_args)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "state"),
+    [
+        ({"max_steps": 80}, '{"global_step": 80, "epoch": 0.5}'),
+        ({"max_steps": 60}, '{"global_step": 80, "epoch": 0.5}'),
+        ({"max_steps": -1, "num_train_epochs": 2}, '{"global_step": 80, "epoch": 2.0}'),
+    ],
+)
+def test_a_finished_run_is_not_resumed_and_nothing_recommends_it(tmp_path, lengths, state):
+    checkpoint = tmp_path / "checkpoint-80"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text(state)
+    (tmp_path / "adapter_config.json").touch()
+    for wanted in ("true", str(checkpoint)):
+        _, training_args, *_ = parse("sft", tmp_path, resume_from_checkpoint=wanted, **lengths)
+        with pytest.raises(ValueError, match="checkpoint-80 is at the last step.*nothing is left to train.*Raise one"):
+            resume_point(training_args)
+    _, training_args, *_ = parse("sft", tmp_path, **lengths)
+    with pytest.raises(FileExistsError, match="a finished run: choose another --output_dir, delete the folder$"):
+        resume_point(training_args)
+    # Negative control: with a step left it is.
+    _, training_args, *_ = parse("sft", tmp_path, resume_from_checkpoint="true", max_steps=81)
+    assert resume_point(training_args) == str(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [('{"peft_type": "TRL_TINYLORA"}', "tinylora"), ('{"peft_type": "LORA"}', "lora"), (None, "full")],
+)
+def test_a_checkpoint_of_another_kind_of_adapter_is_refused(tmp_path, config, kind):
+    checkpoint = tmp_path / "checkpoint-10"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 10}')
+    if config is not None:
+        (checkpoint / "adapter_config.json").write_text(config)
+    rows = RecipeArguments(dataset_name="rows.jsonl")
+    for asked in ("tinylora", "lora", "full"):
+        changes = {"model_name_or_path": str(TOY / "base"), "resume_from_checkpoint": "true"}
+        _, training_args, model_args, _ = parse("sft", tmp_path, **changes)
+        # Of its own kind it is continued.
+        if asked == kind:
+            assert prepare(rows, training_args, model_args, AdapterArguments(adapter=asked)) == str(checkpoint)
+            continue
+        with pytest.raises(ValueError, match=f"made with adapter='{kind}', but adapter is '{asked}': give --adapter"):
+            prepare(rows, training_args, model_args, AdapterArguments(adapter=asked))
+
+
+@pytest.mark.parametrize(("adapter", "rate"), [("tinylora", 1e-6), ("tinylora", 1e-5), ("lora", 1e-6), ("full", 1e-6)])
+def test_a_learning_rate_of_whole_models_is_warned_of_for_tinylora_alone(tmp_path, adapter, rate):
+    changes = {"model_name_or_path": str(TOY / "base"), "learning_rate": rate}
+    _, training_args, model_args, _ = parse("sft", tmp_path, **changes)
+    rows = RecipeArguments(dataset_name="rows.jsonl")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert prepare(rows, training_args, model_args, AdapterArguments(adapter=adapter)) is None
+    expected = 1 if (adapter, rate) == ("tinylora", 1e-6) else 0
+    assert len(caught) == expected
+    assert all("learning_rate=1e-06 moves TinyLoRA" in str(warning.message) for warning in caught)

@@ -405,7 +405,7 @@ def test_another_adapter_is_overwritten_only_where_asked_for(tiny_qwen2, token_i
     (folder / "adapter_model.bin").touch()
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    with pytest.raises(FileExistsError, match=r"holds an adapter already \(adapter_config.json, .*overwrite=True"):
+    with pytest.raises(FileExistsError, match=r"holds an adapter already \(adapter_config.json, .*or set `overwrite`"):
         export_lora(model, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
