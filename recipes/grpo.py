@@ -11,7 +11,7 @@ import trl
 from training.arguments import AdapterArguments, RLArguments, build_peft_config
 from training.callbacks import callbacks_for
 from training.card import describe_training
-from training.launch import prepare, run
+from training.launch import prepare, refuse_another_adapter, run
 
 from trl_tinylora import SamplingFidelityCallback, TinyLoraConfig
 from trl_tinylora.storage.card import put_section
@@ -72,6 +72,7 @@ def main(
     )
     if training_args.use_vllm and isinstance(peft_config, TinyLoraConfig):
         trainer.add_callback(SamplingFidelityCallback(trainer))
+    refuse_another_adapter(trainer.model, resume_from_checkpoint)
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
     if peft_config is not None and trainer.accelerator.is_main_process:

@@ -11,7 +11,7 @@ import trl
 from training.arguments import AdapterArguments, RecipeArguments, build_peft_config
 from training.callbacks import callbacks_for
 from training.card import describe_training
-from training.launch import prepare, run
+from training.launch import prepare, refuse_another_adapter, run
 
 from trl_tinylora.storage.card import put_section
 from trl_tinylora.tasks import get_task
@@ -68,6 +68,7 @@ def main(
         peft_config=peft_config,
         callbacks=callbacks_for(adapter_args, training_args, f"{len(train_rows)} rows of {script_args.dataset_name}"),
     )
+    refuse_another_adapter(trainer.model, resume_from_checkpoint)
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
     if peft_config is not None and trainer.accelerator.is_main_process:

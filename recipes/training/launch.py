@@ -11,10 +11,12 @@ from typing import Any
 
 import trl
 import yaml
+from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from training.arguments import AdapterArguments, RecipeArguments
+from trl_tinylora import TinyLoraModel
 from trl_tinylora.sources import ADAPTER_FILE, MODEL_FILE, refuse_unfit_base
 
 
@@ -113,6 +115,21 @@ def prepare(
             stacklevel=2,
         )
     return checkpoint
+
+
+def refuse_another_adapter(model: nn.Module, checkpoint: str | None) -> None:
+    """
+    Raises where the values in a checkpoint would mean something else to the adapter that is to be trained on.
+
+    Args:
+        model (`torch.nn.Module`): The trainer's.
+        checkpoint (`str` or `None`): As of [`resume_point`].
+    Raises:
+        ValueError: If r, tying, projection, its seed or the modules differ; the message names both.
+    """
+    tuner = getattr(model, "base_model", None)
+    if checkpoint is not None and isinstance(tuner, TinyLoraModel):
+        tuner.refuse_checkpoint(checkpoint)
 
 
 def refuse_miscounted_processes(training_args: TrainingArguments) -> None:

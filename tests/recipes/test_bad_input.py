@@ -91,6 +91,7 @@ TRAIN = "--config recipes/toy/sft.yaml --use_cpu true --output_dir %/out"
 EVALUATE = f"--model_name_or_path {TOY / 'base'} --dataset_name %/rows.jsonl --output_dir %/out"
 
 
+@pytest.mark.bad_input("a recipe's command line")
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize(
     ("command", "message"),
@@ -109,6 +110,7 @@ def test_a_wrong_command_line_is_answered_in_one_line(refused, script, command, 
     assert message in refused(script, command)
 
 
+@pytest.mark.bad_input("a recipe's arguments and files")
 @pytest.mark.parametrize(
     ("command", "message"),
     [
@@ -144,6 +146,7 @@ def test_a_training_that_cannot_be_is_answered_in_one_line(refused, script, comm
     assert message in refused(script, command.replace("sft.yaml", f"{script}.yaml"))
 
 
+@pytest.mark.bad_input("an evaluation's arguments and files")
 @pytest.mark.parametrize(
     ("command", "message"),
     [

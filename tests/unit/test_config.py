@@ -50,6 +50,7 @@ def count_of(model, config):
     return count_groups(resolve_target_modules(model, config), config.n_tie, config.tying) * config.u
 
 
+@pytest.mark.bad_input("a field of the configuration")
 @pytest.mark.parametrize("field", ["r", "u", "n_tie"])
 @pytest.mark.parametrize("value", [0, -3])
 def test_counts_below_one_are_refused(field, value):
@@ -57,6 +58,7 @@ def test_counts_below_one_are_refused(field, value):
         TinyLoraConfig(**{field: value})
 
 
+@pytest.mark.bad_input("a field of the configuration")
 @pytest.mark.parametrize("field", ["r", "u", "n_tie"])
 @pytest.mark.parametrize("value", [2.0, True, None])
 def test_counts_that_are_no_integers_are_refused(field, value):
@@ -64,6 +66,7 @@ def test_counts_that_are_no_integers_are_refused(field, value):
         TinyLoraConfig(**{field: value})
 
 
+@pytest.mark.bad_input("a field of the configuration")
 @pytest.mark.parametrize("field", ["r", "u"])
 def test_text_for_a_count_is_refused(field):
     with pytest.raises(TypeError, match=f"`{field}` must be an integer, got '2' of type str"):
@@ -76,22 +79,26 @@ def test_the_only_text_for_n_tie_is_all():
         TinyLoraConfig(n_tie="some")
 
 
+@pytest.mark.bad_input("a field of the configuration")
 def test_unknown_tying_is_refused():
     with pytest.raises(ValueError, match=r"`tying` must be one of \('tiled', 'structured'\), got 'full'"):
         TinyLoraConfig(tying="full")
 
 
+@pytest.mark.bad_input("a field of the configuration")
 def test_unknown_projection_is_refused():
     with pytest.raises(ValueError, match=r"`projection` must be one of \('gaussian', 'basis'\), got 'uniform'"):
         TinyLoraConfig(projection="uniform")
 
 
+@pytest.mark.bad_input("a field of the configuration")
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_seeds_out_of_range_are_refused(seed):
     with pytest.raises(ValueError, match=rf"`projection_seed` must lie in \[0, 2\*\*32\), got {seed}"):
         TinyLoraConfig(projection_seed=seed)
 
 
+@pytest.mark.bad_input("a field of the configuration")
 @pytest.mark.parametrize("seed", [1.5, True, "1"])
 def test_seeds_that_are_no_integers_are_refused(seed):
     with pytest.raises(TypeError, match=f"`projection_seed` must be an integer, got {seed!r}"):
@@ -221,11 +228,13 @@ def test_for_budget_names_the_number_it_took_instead(n_values, nearest):
     assert count_of(model, config) == nearest
 
 
+@pytest.mark.bad_input("a field of the configuration")
 def test_for_budget_refuses_another_number_where_it_has_to_be_exact():
     with pytest.raises(ValueError, match=r"on 196 modules trains exactly 1000 values; the nearest, u=4 and n_tie=1"):
         TinyLoraConfig.for_budget(real_model("Qwen2.5-7B"), 1000, exact=True)
 
 
+@pytest.mark.bad_input("a field of the configuration")
 @pytest.mark.parametrize(("n_values", "error"), [(0, ValueError), (-1, ValueError), (13.0, TypeError)])
 def test_for_budget_refuses_a_number_that_is_no_count(n_values, error):
     with pytest.raises(error, match=f"`n_values` must be .*got {n_values}"):
@@ -340,6 +349,7 @@ def saved_adapter(tiny_qwen2, tmp_path):
     return tmp_path
 
 
+@pytest.mark.bad_input("a field of the configuration")
 def test_a_folder_of_another_method_is_refused(tmp_path):
     LoraConfig(target_modules=["q_proj"]).save_pretrained(tmp_path)
 
@@ -349,6 +359,7 @@ def test_a_folder_of_another_method_is_refused(tmp_path):
         TinyLoraConfig.from_pretrained(tmp_path)
 
 
+@pytest.mark.bad_input("a field of the configuration")
 @pytest.mark.parametrize("kept", [0, 5, 30, -1])
 def test_a_truncated_weights_file_is_refused(saved_adapter, kept):
     weights = saved_adapter / "adapter_model.safetensors"
@@ -364,6 +375,7 @@ def test_a_truncated_weights_file_is_refused(saved_adapter, kept):
     assert TinyLoraConfig.from_pretrained(saved_adapter).r == 2
 
 
+@pytest.mark.bad_input("a field of the configuration")
 @pytest.mark.parametrize("kept", [0, 20, -3])
 def test_a_truncated_configuration_file_is_refused(saved_adapter, kept):
     stored = saved_adapter / "adapter_config.json"

@@ -111,6 +111,7 @@ def test_plan_reproduces_the_papers_13_values(run, tmp_path):
     assert out[2].split() == ["tiled", "13", "52", "1", "16", "13", "TinyLoraConfig(n_tie=16)"]
 
 
+@pytest.mark.bad_input("a command line of `python -m trl_tinylora`")
 def test_plan_says_why_it_cannot(run, tmp_path, base_folder):
     assert_fails(run("plan", tmp_path))
     assert_fails(run("plan", base_folder, "--target_modules", "nothing"), "matches no module")
@@ -151,6 +152,7 @@ def test_inspect_shows_the_tensors_of_any_adapter(run, adapter, base_folder, tmp
     assert len(out) == 4 + 2 * 14 and out[4].endswith(": bfloat16, shape (2, 64)")
 
 
+@pytest.mark.bad_input("a command line of `python -m trl_tinylora`")
 def test_inspect_names_what_is_damaged(run, adapter, tmp_path):
     assert_fails(run("inspect", tmp_path), "has no adapter_config.json")
     assert_fails(run("inspect", "no/such"), "no/such is no folder, and not to be had from the Hub")
@@ -194,6 +196,7 @@ def test_export_converts_an_adapter_of_pefts_own_tinylora(run, base_folder, tmp_
     torch.testing.assert_close(logits_of(plain), logits_of(model), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.bad_input("a command line of `python -m trl_tinylora`")
 def test_export_refuses_an_adapters_folder_unless_told(run, adapter, base_folder, tmp_path):
     assert run("export", adapter, tmp_path / "lora")[0] == 0
     before = (tmp_path / "lora" / "adapter_model.safetensors").read_bytes()
@@ -206,6 +209,7 @@ def test_export_refuses_an_adapters_folder_unless_told(run, adapter, base_folder
     assert len((tmp_path / "lora" / "adapter_model.safetensors").read_bytes()) < len(before)
 
 
+@pytest.mark.bad_input("a command line of `python -m trl_tinylora`")
 def test_export_never_writes_over_what_it_reads(run, adapter, base_folder, tmp_path):
     shutil.copytree(adapter, tmp_path / "saved")
     shutil.copytree(base_folder, tmp_path / "base")
@@ -218,6 +222,7 @@ def test_export_never_writes_over_what_it_reads(run, adapter, base_folder, tmp_p
     assert {path: path.read_bytes() for path in tmp_path.glob("*/*")} == before
 
 
+@pytest.mark.bad_input("a command line of `python -m trl_tinylora`")
 def test_export_refuses_adapters_of_other_methods(run, adapter, base_folder, tmp_path):
     run("export", adapter, tmp_path / "lora")
 
@@ -273,6 +278,7 @@ def test_verify_compares_names_and_weights_before_it_computes_singular_vectors(
 # Base models and adapters that are none
 
 
+@pytest.mark.bad_input("a command line of `python -m trl_tinylora`")
 @pytest.mark.parametrize("base", ["nothing", "./nothing", "an adapter", "an empty folder", "a file", "nobody/nothing"])
 def test_every_command_refuses_at_once_what_is_no_base_model(run, adapter, tmp_path, monkeypatch, base):
     def loaded(*args, **kwargs):
@@ -289,6 +295,7 @@ def test_every_command_refuses_at_once_what_is_no_base_model(run, adapter, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.bad_input("a command line of `python -m trl_tinylora`")
 @pytest.mark.parametrize("name", ["nothing", "./nothing", "a base model", "a file", "nobody/nothing"])
 def test_every_command_refuses_at_once_what_is_no_adapter(run, base_folder, tmp_path, name):
     (tmp_path / "file").touch()
@@ -301,6 +308,7 @@ def test_every_command_refuses_at_once_what_is_no_adapter(run, base_folder, tmp_
 # Usage
 
 
+@pytest.mark.bad_input("a command line of `python -m trl_tinylora`")
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -37,6 +37,7 @@ def test_a_models_and_an_adapters_folder_are_accepted(folders):
     refuse_unfit_adapter(str(folders / "adapter"))
 
 
+@pytest.mark.bad_input("a base model's or adapter's name")
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -53,6 +54,7 @@ def test_what_is_no_base_model_is_refused_without_a_request(folders, requests, n
     assert requests == []
 
 
+@pytest.mark.bad_input("a base model's or adapter's name")
 @pytest.mark.parametrize(
     ("name", "message"),
     [

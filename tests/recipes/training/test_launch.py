@@ -7,8 +7,12 @@ import pytest
 import sft
 import trl
 import yaml
+from peft import get_peft_model
 from training.arguments import AdapterArguments, RecipeArguments
-from training.launch import prepare, resume_point
+from training.launch import prepare, refuse_another_adapter, resume_point
+from transformers import AutoModelForCausalLM
+
+from trl_tinylora import TinyLoraConfig
 
 
 TOY = Path(__file__).parents[3] / "recipes" / "toy"
@@ -48,6 +52,7 @@ def test_a_run_is_never_written_over(tmp_path):
         resume_point(training_args)
 
 
+@pytest.mark.bad_input("a run to be continued")
 def test_resuming_without_a_checkpoint_is_refused(tmp_path):
     _, training_args, *_ = parse("sft", tmp_path, resume_from_checkpoint=True)
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
@@ -79,6 +84,7 @@ def test_a_finished_run_is_not_resumed_and_nothing_recommends_it(tmp_path, lengt
     assert resume_point(training_args) == str(checkpoint)
 
 
+@pytest.mark.bad_input("a run to be continued")
 @pytest.mark.parametrize(
     ("config", "kind"),
     [('{"peft_type": "TRL_TINYLORA"}', "tinylora"), ('{"peft_type": "LORA"}', "lora"), (None, "full")],
@@ -112,3 +118,17 @@ def test_a_learning_rate_of_whole_models_is_warned_of_for_tinylora_alone(tmp_pat
     expected = 1 if (adapter, rate) == ("tinylora", 1e-6) else 0
     assert len(caught) == expected
     assert all("learning_rate=1e-06 moves TinyLoRA" in str(warning.message) for warning in caught)
+
+
+@pytest.mark.bad_input("a run to be continued")
+def test_a_checkpoint_of_another_seed_is_refused_before_the_training(tmp_path):
+    def adapted(seed):
+        return get_peft_model(
+            AutoModelForCausalLM.from_pretrained(TOY / "base"), TinyLoraConfig(n_tie="all", projection_seed=seed)
+        )
+
+    adapted(0).save_pretrained(tmp_path)
+    refuse_another_adapter(adapted(0), str(tmp_path))
+    refuse_another_adapter(adapted(1), None)
+    with pytest.raises(ValueError, match=r"projection_seed \(1, 0 there\).*Resume with its own settings"):
+        refuse_another_adapter(adapted(1), str(tmp_path))

@@ -74,6 +74,7 @@ def test_13_values_are_52_bytes_or_26_on_request(tiny_qwen2, token_ids, tmp_path
     assert torch.equal(values_of(model), expected) == (dtype == "float32")
 
 
+@pytest.mark.bad_input("an adapter's folder, damaged")
 def test_an_unknown_dtype_to_save_in_is_refused():
     with pytest.raises(
         ValueError, match=r"`save_dtype` must be one of \('float32', 'bfloat16', 'float16'\), got 'int8'"
@@ -155,6 +156,7 @@ def test_another_dtype_is_the_same_base(tiny_qwen2, saved, dtype):
     PeftModel.from_pretrained(tiny_qwen2(), saved / "rounded")
 
 
+@pytest.mark.bad_input("an adapter's folder, damaged")
 @pytest.mark.parametrize(
     "how, message",
     [
@@ -278,6 +280,7 @@ def test_a_flipped_bit_is_noticed(tiny_qwen2, saved):
     PeftModel.from_pretrained(base, saved)
 
 
+@pytest.mark.bad_input("an adapter's folder, damaged")
 @pytest.mark.parametrize(
     "damage, message",
     [
@@ -297,6 +300,7 @@ def test_a_damaged_file_is_refused_before_the_model_is_touched(tiny_qwen2, saved
     assert modules_of(base) == names
 
 
+@pytest.mark.bad_input("an adapter's folder, damaged")
 @pytest.mark.parametrize(
     "tensor, message",
     [
@@ -316,6 +320,7 @@ def test_values_that_do_not_fit_are_refused_before_the_model_is_touched(tiny_qwe
     assert modules_of(base) == names
 
 
+@pytest.mark.bad_input("an adapter's folder, damaged")
 def test_a_pickle_is_not_read(tiny_qwen2, saved):
     os.remove(saved / WEIGHTS)
 
@@ -535,6 +540,7 @@ def test_factors_in_the_file_of_an_earlier_version_are_read_as_a_basis(tiny_qwen
     torch.testing.assert_close(logits(loaded, token_ids), expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.bad_input("an adapter's folder, damaged")
 def test_a_loader_that_leaves_the_factors_of_an_earlier_version_unread_is_refused(tiny_qwen2, of_earlier_version):
     # transformers' own, which reads the configuration by itself.
     config = PeftConfig.from_pretrained(of_earlier_version[0])

@@ -131,6 +131,7 @@ def test_commas_and_signs_compare_by_value():
     assert not gsm8k.is_correct("10", "-10")
 
 
+@pytest.mark.bad_input("a data set's rows")
 def test_gold_that_is_no_number_is_refused():
     with pytest.raises(ValueError, match="gold must be a number, got 'many'"):
         gsm8k.is_correct("72", "many")
@@ -187,6 +188,7 @@ def test_missing_paths_are_named(tmp_path):
         gsm8k.load_rows("nowhere.jsonl", split="test")
 
 
+@pytest.mark.bad_input("a data set's rows")
 @pytest.mark.parametrize(
     "second_line, message",
     [
@@ -204,6 +206,7 @@ def test_a_bad_row_is_refused_with_its_number(tmp_path, second_line, message):
         gsm8k.load_rows(str(path), split="train")
 
 
+@pytest.mark.bad_input("a data set's rows")
 def test_limit_below_one_is_refused():
     with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
         gsm8k.load_rows(str(SAMPLE), split="train", limit=0)

@@ -78,6 +78,7 @@ def test_every_task_has_what_trainers_and_evaluation_call(name):
     assert (task.strict_reward.__name__, task.format_reward.__name__) == ("strict_reward", "format_reward")
 
 
+@pytest.mark.bad_input("a data set's rows")
 def test_another_task_is_refused_by_name():
     with pytest.raises(ValueError, match="task must be one of gsm8k, math, got 'chess'"):
         get_task("chess")
@@ -320,6 +321,7 @@ def test_rows_without_a_gold_answer_are_left_out_and_counted(tmp_path):
         assert math.load_rows(path, "train")["answer"][:] == ["1", "4"]
 
 
+@pytest.mark.bad_input("a data set's rows")
 @pytest.mark.parametrize(
     "row, message",
     [

@@ -166,6 +166,7 @@ def test_values_survive_trls_cast_of_a_quantised_models_parameters(tiny_qwen2):
     assert model.base_model.model.lm_head.modules_to_save["default"].weight.dtype == torch.bfloat16
 
 
+@pytest.mark.bad_input("a model or a configuration that does not fit")
 def test_a_layer_called_alone_is_an_error(tiny_qwen2):
     model = adapted(tiny_qwen2())
 
@@ -173,6 +174,7 @@ def test_a_layer_called_alone_is_an_error(tiny_qwen2):
         model.get_submodule(QUERY)(torch.ones(1, 32))
 
 
+@pytest.mark.bad_input("a model or a configuration that does not fit")
 def test_a_layer_called_alone_after_its_values_changed_is_an_error(tiny_qwen2, token_ids):
     model = adapted(tiny_qwen2())
     logits_of(model, token_ids)
@@ -355,6 +357,7 @@ def test_deleting_every_adapter_leaves_the_base_model(tiny_qwen2, token_ids):
     assert torch.equal(logits_of(model, token_ids), logits_of(adapted(tiny_qwen2()), token_ids))
 
 
+@pytest.mark.bad_input("a model or a configuration that does not fit")
 def test_deleting_a_merged_adapter_is_refused(tiny_qwen2):
     model = two_adapters(tiny_qwen2())
     model.merge_adapter()
@@ -439,6 +442,7 @@ def test_a_merged_model_computes_with_the_merged_weights_alone(tiny_qwen2, token
     torch.testing.assert_close(merged, separate, rtol=0, atol=2e-4)
 
 
+@pytest.mark.bad_input("a model or a configuration that does not fit")
 def test_a_merge_that_is_not_finite_is_refused_where_asked_for(tiny_qwen2):
     model = adapted(tiny_qwen2().half())
     before = plain_weights(model)
@@ -730,6 +734,7 @@ def test_a_deep_copy_is_a_model_of_its_own(tiny_qwen2, token_ids):
     assert torch.equal(logits_of(model, token_ids), expected)
 
 
+@pytest.mark.bad_input("a model or a configuration that does not fit")
 def test_a_checkpoint_of_another_shape_is_refused(tiny_qwen2, saved):
     model = adapted(tiny_qwen2(), n_tie=2, u=3)
 
@@ -739,6 +744,7 @@ def test_a_checkpoint_of_another_shape_is_refused(tiny_qwen2, saved):
         model.load_adapter(saved[0] / "adapter", "default")
 
 
+@pytest.mark.bad_input("a model or a configuration that does not fit")
 @pytest.mark.parametrize(("layers", "shape"), [(1, r"\(1, 3\)"), (3, r"\(3, 3\)")])
 def test_a_checkpoint_on_a_base_model_of_another_depth_is_refused(tiny_qwen2, tmp_path, layers, shape):
     adapted(tiny_qwen2(), u=3, target_modules=["q_proj"]).save_pretrained(tmp_path)
@@ -752,6 +758,7 @@ def test_a_checkpoint_on_a_base_model_of_another_depth_is_refused(tiny_qwen2, tm
         PeftModel.from_pretrained(tiny_qwen2(num_hidden_layers=layers), tmp_path, config=config)
 
 
+@pytest.mark.bad_input("a model or a configuration that does not fit")
 def test_a_checkpoint_with_values_that_are_not_finite_is_refused(tiny_qwen2, tmp_path):
     adapted(tiny_qwen2()).save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
@@ -763,6 +770,7 @@ def test_a_checkpoint_with_values_that_are_not_finite_is_refused(tiny_qwen2, tmp
         PeftModel.from_pretrained(tiny_qwen2(), tmp_path)
 
 
+@pytest.mark.bad_input("a model or a configuration that does not fit")
 def test_weights_of_another_method_are_refused(tiny_qwen2, saved):
     from peft import LoraConfig
 
@@ -811,6 +819,7 @@ def cannot_adapt_cases():
     }
 
 
+@pytest.mark.bad_input("a model or a configuration that does not fit")
 @pytest.mark.parametrize("case", cannot_adapt_cases())
 def test_a_failed_first_adapter_leaves_the_model_as_it_was(tiny_qwen2, token_ids, case):
     fields, error, message = cannot_adapt_cases()[case]
@@ -834,6 +843,7 @@ def test_a_failed_first_adapter_leaves_the_model_as_it_was(tiny_qwen2, token_ids
     assert torch.equal(logits_of(model, token_ids), logits_of(healthy, token_ids))
 
 
+@pytest.mark.bad_input("a model or a configuration that does not fit")
 @pytest.mark.parametrize("case", [case for case in cannot_adapt_cases() if case != "damaged weight"])
 def test_a_failed_second_adapter_leaves_the_first_as_it_was(tiny_qwen2, token_ids, case):
     fields, error, message = cannot_adapt_cases()[case]
@@ -855,6 +865,7 @@ def test_a_failed_second_adapter_leaves_the_first_as_it_was(tiny_qwen2, token_id
     assert torch.equal(logits_of(model, token_ids), logits_of(adapted(tiny_qwen2(), r=3), token_ids))
 
 
+@pytest.mark.bad_input("a model or a configuration that does not fit")
 def test_weights_without_values_are_refused(tiny_qwen2):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny_qwen2().config)
@@ -863,6 +874,7 @@ def test_weights_without_values_are_refused(tiny_qwen2):
         get_peft_model(model, TinyLoraConfig())
 
 
+@pytest.mark.bad_input("a model or a configuration that does not fit")
 def test_an_encoder_decoder_is_refused():
     config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
     model = T5ForConditionalGeneration(config)
@@ -873,6 +885,7 @@ def test_an_encoder_decoder_is_refused():
     assert not any(isinstance(module, TinyLoraLayer) for module in model.modules())
 
 
+@pytest.mark.bad_input("a model or a configuration that does not fit")
 def test_a_block_without_hidden_states_is_an_error():
     class Block(nn.Module):
         def __init__(self):
