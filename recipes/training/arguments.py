@@ -47,10 +47,10 @@ class RLArguments(RecipeArguments):
     Adds what RL is rewarded for.
 
     Args:
-        reward (`list[str]`, *optional*, defaults to `["strict"]`): One or more, whose sum is the reward (`reward_weights` of
-            TRL weighs them): `"strict"`, the right answer in the asked-for form; `"flexible"`, the right answer in any form;
-            `"format"`, any answer in the asked-for form; `"random"`, a fair coin; or the dotted path of a function that
-            TRL takes, as in `"my_lib.rewards.short_reward"`.
+        reward (`list[str]`, *optional*, defaults to `["strict"]`): One or more, whose sum is the reward (TRL's
+            `reward_weights` weighs them): `"strict"`, the right answer in the asked-for form; `"flexible"`, the right
+            answer in any form; `"format"`, any answer in the asked-for form; `"random"`, a fair coin; or the dotted
+            path of a reward function, as in `"my_lib.rewards.short_reward"`.
     Raises:
         ValueError: If a reward is neither one of these names nor a dotted path.
     """
@@ -65,7 +65,8 @@ class RLArguments(RecipeArguments):
         for name in self.reward:
             if name not in REWARDS and "." not in name:
                 raise ValueError(
-                    f"reward must be one of {', '.join(REWARDS)}, or a dotted path as in my_lib.rewards.my_reward, got {name!r}"
+                    f"reward must be one of {', '.join(REWARDS)}, or a dotted path as in my_lib.rewards.my_reward; "
+                    f"got {name!r}"
                 )
 
     def reward_functions(self) -> list[Callable[..., list[float]]]:

@@ -1,10 +1,10 @@
 r"""Comparing answers: plain numbers here and exactly, all else by math-verify in worker processes.
 
-math-verify (sympy) can run for ever, or fill the memory, on what a model writes: `2^{2^{2^{100}}}`. No signal and no thread
-of the training process interrupts it there. So it works in processes of its own (`worker.py`), one a thread of a small
-pool; the kernel ends a worker that exceeds its limits, which counts as wrong, and the next question starts another. They
-are programs of their own, no forks: they inherit nothing of CUDA, do not run the training script again, and end with the
-process that they serve.
+math-verify (sympy) can run for ever, or fill the memory, on what a model writes: `2^{2^{2^{100}}}`. No signal and no
+thread of the training process interrupts it there. So it works in processes of its own (`worker.py`), one for each
+thread of a small pool. The kernel ends a worker that exceeds its limits; that answer counts as wrong, and the next
+question starts another worker. Workers are programs of their own, not forks: they inherit nothing of CUDA, do not run
+the training script again, and end with the process that they serve.
 """
 
 import contextlib
@@ -51,10 +51,9 @@ def are_equal(pairs: Sequence[tuple[str | None, str]]) -> list[bool]:
 def are_readable(answers: Sequence[str | None]) -> list[bool]:
     """Whether an answer is a number or what math-verify can read; `None` is not."""
     known = [answer is not None and (read_number(answer) is not None or None) for answer in answers]
-    verified = iter(
-        _ask_all([("readable", answer) for answer, is_known in zip(answers, known, strict=True) if is_known is None])
-    )
-    return [next(verified) if is_known is None else bool(is_known) for is_known in known]
+    unknown = [("readable", answer) for answer, is_read in zip(answers, known, strict=True) if is_read is None]
+    verified = iter(_ask_all(unknown))
+    return [next(verified) if is_read is None else bool(is_read) for is_read in known]
 
 
 def _equal_numbers(answer: str, gold: str) -> bool | None:

@@ -11,8 +11,8 @@ One row, as OpenAI published it:
 The paper (Morris et al., arXiv:2602.04118) trains with VERL and states neither its prompt nor its answer format, so the
 prompt and the strict reward follow VERL's stock GSM8K recipe. Deviations from VERL's grader: answers are compared as
 numbers, not as strings; the number must end where the answer ends (VERL takes the digits behind the marker, so 2 for
-"#### 2 2/3"), and may be presented as in "#### **73**" and "#### EUR 500", see [`~trl_tinylora.tasks.numerals`]; the whole
-completion is read, not its last 300 characters.
+"#### 2 2/3"), and may be presented as in "#### **73**" and "#### EUR 500", see [`~trl_tinylora.tasks.numerals`]; the
+whole completion is read, not its last 300 characters.
 """
 
 import re
@@ -67,9 +67,9 @@ def gold_answer(answer: str) -> str:
 def extract_strict(completion: str) -> str | None:
     """The number after the last "####" that is followed by one on its line, or `None`.
 
-    The answer ends with its line or sentence. If it is not one number ("18 or 20", "10-3"), there is none. VERL likewise
-    takes the last match (its early versions took the first), so a completion that states two answers behind two markers is
-    graded by its second.
+    The answer ends with its line or sentence. If it is not one number ("18 or 20", "10-3"), there is none. VERL
+    likewise takes the last match (its early versions took the first), so a completion that states two answers behind
+    two markers is graded by its second.
 
     Args:
         completion (`str`): The text the model wrote.

@@ -1,7 +1,7 @@
 r"""Reading the one number that a statement of an answer holds, and finding the last number of a text.
 
-A number ends where the statement ends. A unit, a currency, emphasis, a box, "x =" or a full stop present it; what makes it
-another number is read with it ("2 2/3", "3/4", "5:30", "3 million", "1.5e3"); anything else behind it ("18 or 20",
+A number ends where the statement ends. A unit, a currency, emphasis, a box, "x =" or a full stop present it; what makes
+it another number is read with it ("2 2/3", "3/4", "5:30", "3 million", "1.5e3"); anything else behind it ("18 or 20",
 "10-3", "5 feet 6 inches", `2\pi`) leaves no number at all, never its first part.
 """
 
@@ -51,8 +51,9 @@ _TIDIED = [
         (r"(?<=\d)(?:[ \u00a0\u2009\u202f']|\\[, ]|\{,\}|,\\!)(?=\d{3}(?![\d/]))", ","),
         (
             r"\\[dtc]?frac\s*(?:\{\s*(\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))",
-            lambda match: f" {match[1] or match[2]}/{match[3] or match[4]}",
+            lambda match: f" {match[1] or match[2]}/{match[3] or match[4]} ",
         ),
+        (r"(?<=\d)(?:\\[!,;]|\{)\s*:\s*(?:\\[!,;]|\})?(?=\d)", ":"),
         # Two blanks, so that "5$100" is not taken for 5 100.
         (r"\\(?:left|right|displaystyle)\b|\\[,;:!()\[\] ]|\\?[$€£¥₹₩]|[`\"\u201c\u201d]", "  "),
         (r"\\approx\b", "≈"),
@@ -132,9 +133,8 @@ def _plain(match: re.Match) -> str | None:
     sign = "-" if re.search(r"-|minus|negative", match["sign"], re.IGNORECASE) else ""
     words = match["words"] if len(match["words"]) == 1 else match["words"].lower()
     power = sum(_WORDS[word] for word in words.split())
-    whole, over, under, decimal = (
-        (match[name] or "").replace(",", "") for name in ("whole", "over", "under", "decimal")
-    )
+    parts = ("whole", "over", "under", "decimal")
+    whole, over, under, decimal = ((match[name] or "").replace(",", "") for name in parts)
     power += int(match["power"] or match["exponent"] or 0)
     if decimal and not power:
         return sign + decimal

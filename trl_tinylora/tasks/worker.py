@@ -1,9 +1,9 @@
 r"""The program that compares answers by math-verify, with a limit on time and memory that nothing can block.
 
-It reads questions, a JSON list a line, and writes 1 or 0 for each. The settings are those of TRL's `accuracy_reward`, which
-alone is no grading of the tasks here: two boxes it joins into a set, so that a corrected answer is always wrong; it takes
-"the final answer is $x$" without a box; and it counts LaTeX without braces (`\frac12`) as no answer. So math-verify gets one
-answer at a time, in one box, in LaTeX that its own normaliser has put in order.
+It reads questions, a JSON list a line, and writes 1 or 0 for each. The settings are those of TRL's `accuracy_reward`,
+which alone is no grading of the tasks here: two boxes it joins into a set, so that a corrected answer is always wrong;
+it takes "the final answer is $x$" without a box; and it counts LaTeX without braces (`\frac12`) as no answer. So
+math-verify gets one answer at a time, in one box, in LaTeX that its own normaliser has put in order.
 """
 
 import functools
@@ -76,11 +76,11 @@ def _is_enclosed(text: str) -> bool:
 
 
 def _places(gold: object) -> int:
-    """Decimal places that hold a ten-thousandth of the gold number or its smallest element; at least math-verify's six."""
+    """Decimal places that hold a ten-thousandth of the gold number or its smallest element; six, or more."""
     places = 6
     for part in getattr(gold, "args", ()) if type(gold).__name__ in ("FiniteSet", "Tuple", "Interval") else (gold,):
         size = abs(float(part.evalf())) if getattr(part, "is_number", False) and part.is_real else 0
-        places = max(places, math.ceil(-math.log10(2e-4 * size))) if size > 1e-300 else places
+        places = max(places, math.ceil(-math.log10(2e-4 * size))) if 1e-300 < size < 1 else places
     return places
 
 
@@ -101,7 +101,7 @@ def serve() -> None:
         signal.setitimer(signal.ITIMER_PROF, LIMIT_S)
         try:
             result = {"equal": equal, "readable": readable}[name](*texts)
-        except Exception:  # noqa: BLE001 - sympy raises what it likes
+        except Exception:
             result = False
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(int(bool(result)), file=said, flush=True)
