@@ -19,8 +19,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .answers import last_box, texts_of
-from .equality import are_equal
+from .answers import are_equal, last_box, texts_of
 from .numerals import last_number, read_number, states_number, value_of
 from .rows import id_of, read_rows, text_in
 

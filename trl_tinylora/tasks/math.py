@@ -9,14 +9,13 @@ The paper (Morris et al., arXiv:2602.04118, section 5) follows SimpleRL-Zoo (Zen
 "qwen-boxed" template, which is the prompt here, and rewards an exact match. SimpleRL's own reward also pays 0.5 for a
 right answer without a box and -0.5 for a wrong one in a box; that is not done here. Its published training rows are
 said to hold `\boxed{{}}` in the prompt, an unformatted template; their `question` column is read, not their prompt.
-Answers are compared by math-verify, see [`~trl_tinylora.tasks.equality`]. The marker of this task is the box.
+Answers are compared by math-verify, see [`~trl_tinylora.tasks.answers`]. The marker of this task is the box.
 """
 
 from typing import TYPE_CHECKING, Any
 
-from .answers import final_answer, last_box, texts_of
+from .answers import are_equal, are_readable, final_answer, last_box, texts_of
 from .benchmarks import published_as
-from .equality import are_equal, are_readable
 from .numerals import last_number
 from .rows import id_of, read_rows, text_in
 

@@ -24,10 +24,10 @@ _SIGN = r"(?:[-+]\s*|(?:minus|negative)\s+)?"
 _CURRENCY = r"(?:(?:(?-i:(?!NOT?\b)[A-Z]{2,3})|Rs|dollars?|euros?|pounds?|yen|rupees?)\.?\s*)?"
 _ABOUT = r"(?:(?:about|approximately|approx\.|around|roughly|exactly|only|just|~)\s*)?"
 _STATED = re.compile(rf"\s*(?:[^\d]*:)?[\s(\[{{]*{_ABOUT}(?P<sign>{_SIGN}{_CURRENCY}{_SIGN}){_NUMBER}", re.IGNORECASE)
-_FACTOR = re.compile(r"\s*(?:[\^²³⁴√π]|\\(?:sqrt|pi|cdot|times|frac)|[xyz](?![^\W_]))")
+_FACTOR = re.compile(r"\s*(?:[\^²³⁴√π]|\\(?:sqrt|pi|cdot|times|frac)|[xyz](?![^\W\d_]))")
 _GOES_ON = re.compile(
     r"\(|\s*(?:[+*^<>=≤≥±×·÷√π∞²³⁴|\\{&]|[-\u2013\u2014/:,.;]\s*[\d({\\√π]"
-    r"|(?i:and|or|to|plus|minus|over|squared|cubed|thirds|factorial)\b|[xyzinek](?![^\W_]))"
+    r"|(?i:and|or|to|plus|minus|over|squared|cubed|thirds|factorial)\b|[xyzinek](?![^\W\d_]))"
 )
 # "72 in 2 days" and "25 (5 * 5)" are 72 and 25; "1 in 5" is not 1.
 _QUALIFIED = re.compile(
@@ -84,7 +84,7 @@ def read_number(text: str) -> str | None:
         return None
     tail = match.string[match.end() :]
     # The digit of "m^2" or "cm3" belongs to the unit.
-    rest = re.sub(r"(?<=[^\W\d_])\^?\{?-?[23]\}?(?!\d)", "", tail)
+    rest = re.sub(r"(?<=[^\W\d_])(?:\s?\^)?\{?-?[23]\}?(?!\d)", "", tail)
     is_whole = not _GOES_ON.match(tail) and (not re.search(r"\d", rest) or _QUALIFIED.match(rest))
     return _plain(match) if is_whole else None
 
@@ -120,9 +120,9 @@ def _stated(text: str) -> re.Match | None:
     """The number that a statement begins with, behind its label or equation."""
     text = _SENTENCE.sub(r"\1", tidy(text), count=1)
     sides = _SIDES.match(text)
-    # "x = 5, y = 3" are two answers.
+    # "x = 5, y = 3" are two answers: read from the first on, they are not one number.
     if sides and _EQUATIONS.search(sides[0]):
-        return None
+        return _STATED.match(re.split("[=≈]", text, maxsplit=1)[1])
     return _STATED.match(text[sides.end() :] if sides else text)
 
 

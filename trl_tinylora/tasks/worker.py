@@ -34,7 +34,10 @@ def equal(answer: str, gold: str) -> bool:
     kinds = [match and match[1].replace("lbrace", "{") for match in (_OPENING.match(answer), _OPENING.match(gold))]
     if None not in kinds and kinds[0] != kinds[1] and _is_enclosed(answer) and _is_enclosed(gold):
         return False
-    return verify(golds, answers, float_rounding=_places(golds[0]), allow_set_relation_comp=True, timeout_seconds=None)
+    places = _places(golds[0])
+    # Six and fifteen are math-verify's own, both absolute.
+    precision = {"float_rounding": places, "numeric_precision": places + 9}
+    return verify(golds, answers, **precision, allow_set_relation_comp=True, timeout_seconds=None)
 
 
 def readable(answer: str) -> bool:

@@ -52,10 +52,9 @@ def test_each_adapter_gives_its_peft_config():
 
 
 def test_a_reward_is_one_name_or_several_and_a_yaml_or_a_command_line_gives_either(tmp_path):
-    parser = trl.TrlParser((RLArguments,))
-
     def rewards(yaml, *arguments):
         (tmp_path / "run.yaml").write_text(f"dataset_name: none\n{yaml}\n")
+        parser = trl.TrlParser((RLArguments,))
         (parsed,) = parser.parse_args_and_config(["--config", str(tmp_path / "run.yaml"), *arguments])
         return parsed.reward_functions()
 
@@ -63,7 +62,7 @@ def test_a_reward_is_one_name_or_several_and_a_yaml_or_a_command_line_gives_eith
     assert rewards("reward: format") == [gsm8k.format_reward]
     assert rewards("task: math\nreward: [format, flexible]") == [math.format_reward, math.flexible_reward]
     assert rewards("reward: format", "--reward", "strict", "random") == [gsm8k.strict_reward, controls.random_reward]
-    (parsed,) = parser.parse_dict({"dataset_name": "none", "reward": "format"})
+    (parsed,) = trl.TrlParser((RLArguments,)).parse_dict({"dataset_name": "none", "reward": "format"})
     assert parsed.reward_functions() == [gsm8k.format_reward]
 
 

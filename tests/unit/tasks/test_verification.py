@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from trl_tinylora.tasks import equality, gsm8k, math
+from trl_tinylora.tasks import answers, gsm8k, math, verification
 
 
 HANGS = r"2^{2^{2^{100}}}"
@@ -19,12 +19,12 @@ HANGS = r"2^{2^{2^{100}}}"
 
 @pytest.fixture(autouse=True)
 def forgotten():
-    equality._ask.cache_clear()
+    verification._ask.cache_clear()
 
 
 def graded_in_a_thread(answer, gold):
     results = []
-    thread = threading.Thread(target=lambda: results.append(equality.is_equal(answer, gold)))
+    thread = threading.Thread(target=lambda: results.append(answers.is_equal(answer, gold)))
     thread.start()
     thread.join(timeout=60)
     return results
@@ -33,7 +33,7 @@ def graded_in_a_thread(answer, gold):
 def test_an_answer_that_hangs_is_wrong_on_any_thread_and_the_next_one_is_graded():
     start = time.monotonic()
     assert graded_in_a_thread(HANGS, r"\sqrt{2}") == [False]
-    assert not equality.is_equal(HANGS, "5")
+    assert not answers.is_equal(HANGS, "5")
     assert graded_in_a_thread(r"\frac{2}{\sqrt2}", r"\sqrt{2}") == [True]
     assert time.monotonic() - start < 40
 
@@ -46,7 +46,7 @@ def test_one_answer_that_hangs_does_not_take_the_others_grades():
         (None, "1"),
         ("2", "2"),
     ]
-    assert equality.are_equal(pairs) == [True, False, False, False, True]
+    assert answers.are_equal(pairs) == [True, False, False, False, True]
 
 
 def test_a_format_reward_is_limited_too():
@@ -54,16 +54,16 @@ def test_a_format_reward_is_limited_too():
 
 
 def test_a_worker_that_was_ended_is_replaced():
-    assert equality.is_equal(r"2\sqrt{2}", r"\sqrt{8}")
+    assert answers.is_equal(r"2\sqrt{2}", r"\sqrt{8}")
     for child in workers():
         child.send_signal(signal.SIGKILL)
         child.wait()
-    assert equality.is_equal(r"3\sqrt{2}", r"\sqrt{18}")
+    assert answers.is_equal(r"3\sqrt{2}", r"\sqrt{18}")
 
 
 def test_numbers_need_no_worker(monkeypatch):
-    monkeypatch.setattr(equality, "_start", lambda: pytest.fail("a worker was started"))
-    monkeypatch.setattr(equality, "_own", threading.local())
+    monkeypatch.setattr(verification, "_start", lambda: pytest.fail("a worker was started"))
+    monkeypatch.setattr(verification, "_own", threading.local())
     texts = ["#### 18", "#### 2 2/3", "#### 18 or 20", "so 18", ""]
     assert gsm8k.strict_reward(texts, answer=["18"] * 5) == [1.0, 0.0, 0.0, 0.0, 0.0]
     assert math.strict_reward([r"\boxed{\frac{1}{2}}", r"\boxed{1.5e3}"], answer=["0.5", "1500"]) == [1.0, 1.0]
@@ -72,7 +72,7 @@ def test_numbers_need_no_worker(monkeypatch):
 def test_256_mixed_rewards_cost_less_than_a_second():
     """As of a batch: 32 problems, 8 completions each; a third are formulas, which are compared by math-verify."""
     completions, golds = mixed_batch()
-    equality.is_equal(r"\sqrt{50}", r"5\sqrt{2}")
+    answers.is_equal(r"\sqrt{50}", r"5\sqrt{2}")
     start = time.monotonic()
     rewards = math.strict_reward(completions, answer=golds)
     seconds = time.monotonic() - start
@@ -100,34 +100,32 @@ def workers():
     return [child for child in children if any("worker.py" in part for part in child.cmdline())]
 
 
-def test_workers_end_with_the_process_that_they_serve(tmp_path):
+def test_workers_end_with_the_process_that_they_serve_however_it_ends(tmp_path):
     code = r"""
 import os, signal, psutil
-from trl_tinylora.tasks import equality
-assert equality.is_equal(r"2\sqrt{2}", r"\sqrt{8}")
+from trl_tinylora.tasks import answers
+assert answers.is_equal(r"2\sqrt{2}", r"\sqrt{8}")
 print(*[child.pid for child in psutil.Process().children()], flush=True)
-os.kill(os.getpid(), signal.ENDING)
+os.kill(os.getpid(), signal.SIGKILL)
 """
+    # No guard against being imported: a spawned process would run it again.
+    (tmp_path / "program.py").write_text(code)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
-    for ending in ("SIGKILL", "SIGTERM"):
-        program = tmp_path / "program.py"
-        # No guard against being imported: a spawned process would run it again.
-        program.write_text(code.replace("ENDING", ending))
-        done = subprocess.run([sys.executable, program], capture_output=True, text=True, env=environment)
-        pids = [int(pid) for pid in done.stdout.split()]
-        assert pids, done.stderr
-        psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=10)
-        assert not any(psutil.pid_exists(pid) for pid in pids)
+    done = subprocess.run([sys.executable, tmp_path / "program.py"], capture_output=True, text=True, env=environment)
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert pids, done.stderr
+    psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=10)
+    assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
 def test_a_worker_that_cannot_start_is_an_error_that_says_how_to_see_why(monkeypatch):
-    monkeypatch.setattr(equality, "_own", threading.local())
-    monkeypatch.setattr(equality, "_COMMAND", [sys.executable, "-c", "raise SystemExit(3)"])
+    monkeypatch.setattr(verification, "_own", threading.local())
+    monkeypatch.setattr(verification, "_COMMAND", [sys.executable, "-c", "raise SystemExit(3)"])
     with pytest.raises(RuntimeError, match=r"ended as it started, with code 3; .* run: .*SystemExit"):
-        equality._ask(("equal", r"2\sqrt{2}", r"\sqrt{8}"))
+        verification._ask(("equal", r"2\sqrt{2}", r"\sqrt{8}"))
 
 
 def test_without_math_verify_the_error_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr(equality.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(verification.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"grading .* needs math-verify: pip install 'trl-tinylora\[recipes\]'"):
-        equality.is_equal(r"2\sqrt{2}", r"\sqrt{8}")
+        answers.is_equal(r"2\sqrt{2}", r"\sqrt{8}")
