@@ -12,7 +12,7 @@ from .verification import ask
 # A brace after a backslash is a printed one: \{1, 2\} holds no group.
 _BRACES = re.compile(r"(\\boxed\s*\{)|\\.|([{}])", re.DOTALL)
 _ANSWER_IS = re.compile(r"\banswers?\b(?:\s+\w+){0,4}?\s*(?:\bis\b|\bare\b|:|=)[\s:]*", re.IGNORECASE)
-_FORMULA = r"(?:\$\$[^$]+\$\$|\$[^$]+\$|\\\(.+?\\\)|\\\[.+?\\\])"
+_FORMULA = r"(?:\$\$[^$]+\$\$|\$[^$]+\$|\\\(.{1,500}?\\\)|\\\[.{1,500}?\\\])"
 _FORMULAS = re.compile(rf"{_FORMULA}(?:\s*(?:,\s*(?:and|or)?|and|or)\s*{_FORMULA})*", re.DOTALL)
 
 

@@ -16,7 +16,7 @@ import signal
 import sys
 
 
-LIMIT_S = 4
+LIMIT_S = 2
 LIMIT_BYTES = 4 * 2**30
 
 _SCIENTIFIC = re.compile(r"(?<![A-Za-z])(\d)[eE]([-+]?\d+)\b")
