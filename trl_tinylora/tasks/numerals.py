@@ -27,7 +27,7 @@ _STATED = re.compile(rf"\s*(?:[^\d]*:)?[\s(\[{{]*{_ABOUT}(?P<sign>{_SIGN}{_CURRE
 _FACTOR = re.compile(r"\s*(?:[\^²³⁴√π]|\\(?:sqrt|pi|cdot|times|frac)|[xyz](?![^\W\d_]))")
 _GOES_ON = re.compile(
     r"\(|\s*(?:[+*^<>=≤≥±×·÷√π∞²³⁴|\\{&]|[-\u2013\u2014/:,.;]\s*[\d({\\√π]"
-    r"|(?i:and|or|to|plus|minus|over|squared|cubed|thirds|factorial)\b|[xyzinek](?![^\W\d_]))"
+    r"|(?i:and|or(?! so\b)|to|plus|minus|over|squared|cubed|thirds|factorial)\b|[xyzinek](?![^\W\d_]))"
 )
 # "72 in 2 days" and "25 (5 * 5)" are 72 and 25; "1 in 5" is not 1.
 _QUALIFIED = re.compile(
@@ -55,10 +55,11 @@ _TIDIED = [
         ),
         (r"(?<=\d)(?:\\[!,;]|\{)\s*:\s*(?:\\[!,;]|\})?(?=\d)", ":"),
         # Two blanks, so that "5$100" is not taken for 5 100.
-        (r"\\(?:left|right|displaystyle)\b|\\[,;:!()\[\] ]|\\?[$€£¥₹₩]|[`\"\u201c\u201d]", "  "),
+        (r"\\(?:left|right|displaystyle)\b|\\[,;:!()\[\] ]|(?:\b[A-Z]{1,2})?\\?[$€£¥₹₩]|[`\"\u201c\u201d]", "  "),
         (r"\\approx\b", "≈"),
         (r"\\(?:times|cdot)\b", "×"),
         (r"\\%", "%"),
+        (r"\\+\s*$", ""),
         (r"\^\s*\{?\s*\\circ\s*\}?|\\degree\b", "°"),
         (r"(?<!\d)(?<!\d )\*+|\*+(?! ?[\d(])|(?<!\w)_+|_+(?!\w)", ""),
         (

