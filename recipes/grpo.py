@@ -63,7 +63,7 @@ def main(
     trainer = trl.GRPOTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
-        reward_funcs=script_args.reward_function(),
+        reward_funcs=script_args.reward_functions(),
         train_dataset=task.for_rl(train_rows, script_args.system_prompt),
         eval_dataset=task.for_rl(eval_rows, script_args.system_prompt) if eval_rows is not None else None,
         quantization_config=trl.get_quantization_config(model_args),

@@ -3,6 +3,9 @@
 They stand beside TRL's own `GRPOConfig`, `SFTConfig` and `ModelConfig`; nothing of those is repeated here.
 """
 
+import importlib
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Literal
@@ -14,6 +17,9 @@ from transformers import AutoConfig
 from trl_tinylora import TinyLoraConfig
 from trl_tinylora.config import SAVE_DTYPES
 from trl_tinylora.tasks import controls, get_task
+
+
+REWARDS = ("strict", "flexible", "format", "random")
 
 
 @dataclass
@@ -41,19 +47,50 @@ class RLArguments(RecipeArguments):
     Adds what RL is rewarded for.
 
     Args:
-        reward (`str`, *optional*, defaults to `"strict"`): `"strict"`, the right answer in the asked-for form; or, as
-            controls, `"format"`, any answer in that form, and `"random"`, a fair coin.
+        reward (`list[str]`, *optional*, defaults to `["strict"]`): One or more, whose sum is the reward (TRL's
+            `reward_weights` weighs them): `"strict"`, the right answer in the asked-for form; `"flexible"`, the right
+            answer in any form; `"format"`, any answer in the asked-for form; `"random"`, a fair coin; or the dotted
+            path of a reward function, as in `"my_lib.rewards.short_reward"`.
+    Raises:
+        ValueError: If a reward is neither one of these names nor a dotted path.
     """
 
-    reward: Literal["strict", "format", "random"] = field(
-        default="strict", metadata={"help": "What RL is rewarded for; format and random are controls."}
+    reward: list[str] = field(
+        default_factory=lambda: ["strict"],
+        metadata={"help": "What RL is rewarded for: strict, flexible, format, random or dotted paths; the sum of all."},
     )
 
-    def reward_function(self) -> Callable[..., list[float]]:
-        """The reward, as TRL's trainers take it."""
-        if self.reward == "random":
+    def __post_init__(self):
+        self.reward = [self.reward] if isinstance(self.reward, str) else self.reward
+        for name in self.reward:
+            if name not in REWARDS and "." not in name:
+                raise ValueError(
+                    f"reward must be one of {', '.join(REWARDS)}, or a dotted path as in my_lib.rewards.my_reward; "
+                    f"got {name!r}"
+                )
+
+    def reward_functions(self) -> list[Callable[..., list[float]]]:
+        """
+        The rewards, as TRL's trainers take them.
+
+        Raises:
+            ValueError: If nothing can be imported by a dotted path.
+        """
+        return [self._reward_function(name) for name in self.reward]
+
+    def _reward_function(self, name: str) -> Callable[..., list[float]]:
+        """The function of one name."""
+        if name == "random":
             return controls.random_reward
-        return getattr(get_task(self.task), f"{self.reward}_reward")
+        if name in REWARDS:
+            return getattr(get_task(self.task), f"{name}_reward")
+        module, _, function = name.rpartition(".")
+        # As TRL's own scripts do it: a module of the working folder is found.
+        sys.path.insert(0, os.getcwd())
+        try:
+            return getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"reward={name!r} cannot be imported from {os.getcwd()!r}: {error}") from error
 
 
 @dataclass

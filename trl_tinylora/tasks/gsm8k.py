@@ -10,15 +10,17 @@ One row, as OpenAI published it:
 
 The paper (Morris et al., arXiv:2602.04118) trains with VERL and states neither its prompt nor its answer format, so the
 prompt and the strict reward follow VERL's stock GSM8K recipe. Deviations from VERL's grader: answers are compared as
-numbers, not as strings; a "$", a minus before it and any blanks may stand before the number; the whole completion is
-read, not its last 300 characters.
+numbers, not as strings; the number must end where the answer ends (VERL takes the digits behind the marker, so 2 for
+"#### 2 2/3"), and may be presented as in "#### **73**" and "#### EUR 500", see [`~trl_tinylora.tasks.numerals`]; the
+whole completion is read, not its last 300 characters.
 """
 
 import re
-from decimal import Decimal
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .answers import NUMBER, digits, is_equal, last_box, last_number, plain_minus, texts_of
+from .answers import are_equal, last_box, texts_of
+from .numerals import last_number, read_number, states_number, value_of
 from .rows import id_of, read_rows, text_in
 
 
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 # https://github.com/volcengine/verl/blob/030a519ae51a9916b9debd99c6def5f4d83f991f/examples/data_preprocess/gsm8k.py
 INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
 
-_NUMBER_WITH_UNIT = re.compile(r"\s*" + NUMBER + r"(?:[^\d\\]|\\%)*")
+_MARKED = re.compile(r"####[ \t]*((?:(?!####)[^\n])*)")
 
 
 def build_prompt(question: str, system_prompt: str | None = None) -> list[dict[str, str]]:
@@ -64,26 +66,32 @@ def gold_answer(answer: str) -> str:
 def extract_strict(completion: str) -> str | None:
     """The number after the last "####" that is followed by one on its line, or `None`.
 
-    VERL likewise takes the last match (its early versions took the first), so a completion that states two answers is
-    graded by its second.
+    The answer ends with its line or sentence. If it is not one number ("18 or 20", "10-3"), there is none. VERL
+    likewise takes the last match (its early versions took the first), so a completion that states two answers behind
+    two markers is graded by its second.
 
     Args:
         completion (`str`): The text the model wrote.
     Returns:
-        `str` or `None`: Plain digits with sign and decimals, as in "-1080.5".
+        `str` or `None`: Plain digits with sign and decimals, as in "-1080.5"; "8/3" for "2 2/3"; "5:30" for a time.
     """
-    return last_number(completion, after=r"####[ \t]*")
+    answer = _marked(completion)
+    return None if answer is None else read_number(answer)
 
 
 def extract_flexible(completion: str) -> str | None:
-    r"""The strict answer; without one, the last `\boxed{...}`; without that, the last number anywhere.
+    r"""The strict answer; without a marker and number, the last `\boxed{...}`; without that, the last number anywhere.
+
+    What stands behind the marker counts even where it is not one number: then there is no answer.
 
     Args:
         completion (`str`): The text the model wrote.
     Returns:
         `str` or `None`: A number, or a box's content as written, which may be LaTeX.
     """
-    return extract_strict(completion) or last_box(completion) or last_number(completion)
+    if _marked(completion) is not None:
+        return extract_strict(completion)
+    return last_box(completion) or last_number(completion)
 
 
 def is_correct(extracted: str | None, gold: str) -> bool:
@@ -100,13 +108,7 @@ def is_correct(extracted: str | None, gold: str) -> bool:
         ValueError: If `gold` is not a number.
         ImportError: If `extracted` needs math-verify and it is not installed.
     """
-    gold_value = _value(gold)
-    if gold_value is None:
-        raise ValueError(f"gold must be a number, got {gold!r}")
-    if extracted is None:
-        return False
-    value = _value(extracted)
-    return value == gold_value if value is not None else is_equal(extracted, str(gold_value))
+    return _are_correct([extracted], [gold])[0]
 
 
 def grade(completion: str, gold: str) -> dict[str, bool]:
@@ -121,16 +123,12 @@ def grade(completion: str, gold: str) -> dict[str, bool]:
     Returns:
         `dict[str, bool]`: By "strict", "last_number" and "flexible".
     """
-    found = {
-        "strict": extract_strict(completion),
-        "last_number": last_number(completion),
-        "flexible": extract_flexible(completion),
-    }
-    return {grading: is_correct(answer, gold) for grading, answer in found.items()}
+    found = [extract_strict(completion), last_number(completion), extract_flexible(completion)]
+    return dict(zip(("strict", "last_number", "flexible"), _are_correct(found, [gold] * 3), strict=True))
 
 
 def has_marker(completion: str) -> bool:
-    """Whether a number follows a "####" on its line."""
+    """Whether one number, and no more, follows the last "####"."""
     return extract_strict(completion) is not None
 
 
@@ -144,8 +142,20 @@ def strict_reward(completions: list[Any], answer: list[str], **kwargs: Any) -> l
     Returns:
         `list[float]`: One reward a completion.
     """
-    pairs = zip(texts_of(completions), answer, strict=True)
-    return [float(is_correct(extract_strict(text), gold)) for text, gold in pairs]
+    return [float(right) for right in _are_correct(map(extract_strict, texts_of(completions)), answer)]
+
+
+def flexible_reward(completions: list[Any], answer: list[str], **kwargs: Any) -> list[float]:
+    """1.0 where the answer is right by the flexible grading, else 0.0: for models that do not know the marker.
+
+    Args:
+        completions (`list[str]` or `list[list[dict[str, str]]]`): Texts, or conversations that end in the model's turn.
+        answer (`list[str]`): Gold numbers, one a completion: the `answer` column of [`for_rl`].
+        kwargs: The other columns and values that TRL hands to every reward function; unused.
+    Returns:
+        `list[float]`: One reward a completion.
+    """
+    return [float(right) for right in _are_correct(map(extract_flexible, texts_of(completions)), answer)]
 
 
 def format_reward(completions: list[Any], **kwargs: Any) -> list[float]:
@@ -215,7 +225,21 @@ def for_sft(dataset: "Dataset", system_prompt: str | None = None) -> "Dataset":
     return dataset.map(prompt_and_completion, remove_columns=dataset.column_names)
 
 
-def _value(text: str) -> Decimal | None:
-    """The value of a number with an optional unit, `None` for anything else."""
-    match = _NUMBER_WITH_UNIT.fullmatch(plain_minus(text))
-    return Decimal(digits(match[1])) if match else None
+def _marked(completion: str) -> str | None:
+    """What stands behind the last "####" that is followed by a number on its line."""
+    return next((answer for answer in reversed(_MARKED.findall(completion)) if states_number(answer)), None)
+
+
+def _are_correct(found: Iterable[str | None], golds: Sequence[str]) -> list[bool]:
+    """Whether extracted answers are right; only what is not one number is left to math-verify."""
+    checked, hard = [], []
+    for extracted, gold in zip(found, golds, strict=True):
+        gold_number = read_number(gold)
+        if gold_number is None:
+            raise ValueError(f"gold must be a number, got {gold!r}")
+        number = read_number(extracted or "")
+        is_hard = bool(extracted) and number is None
+        hard += [(extracted, gold_number)] if is_hard else []
+        checked.append(None if is_hard else number is not None and value_of(number) == value_of(gold_number))
+    verified = iter(are_equal(hard))
+    return [next(verified) if right is None else right for right in checked]

@@ -12,11 +12,11 @@ said to hold `\boxed{{}}` in the prompt, an unformatted template; their `questio
 Answers are compared by math-verify, see [`~trl_tinylora.tasks.answers`]. The marker of this task is the box.
 """
 
-import re
 from typing import TYPE_CHECKING, Any
 
-from .answers import is_equal, last_box, last_number, texts_of
+from .answers import are_equal, are_readable, final_answer, last_box, texts_of
 from .benchmarks import published_as
+from .numerals import last_number
 from .rows import id_of, read_rows, text_in
 
 
@@ -68,7 +68,7 @@ def grade(completion: str, gold: str) -> dict[str, bool]:
     r"""Whether a completion is correct by each of the three gradings.
 
     "strict" reads the last `\boxed{...}`, "last_number" the last number anywhere whatever stands before it, "flexible"
-    the box, and without one whatever math-verify finds: a stated final answer, the last formula, the last number.
+    the box, and without one a stated answer, else the last formula or number, whichever stands last.
 
     Args:
         completion (`str`): The text the model wrote.
@@ -78,13 +78,10 @@ def grade(completion: str, gold: str) -> dict[str, bool]:
     Raises:
         ImportError: If math-verify is not installed.
     """
-    box, number = last_box(completion), last_number(completion)
-    strict = box is not None and is_equal(box, gold)
-    return {
-        "strict": strict,
-        "last_number": number is not None and is_equal(number, gold),
-        "flexible": strict if box is not None else _is_found(completion, gold),
-    }
+    found = [last_box(completion), last_number(completion), _found(completion)]
+    return dict(
+        zip(("strict", "last_number", "flexible"), are_equal([(answer, gold) for answer in found]), strict=True)
+    )
 
 
 def has_marker(completion: str) -> bool:
@@ -102,8 +99,22 @@ def strict_reward(completions: list[Any], answer: list[str], **kwargs: Any) -> l
     Returns:
         `list[float]`: One reward a completion.
     """
-    boxes = [last_box(text) for text in texts_of(completions)]
-    return [float(box is not None and is_equal(box, gold)) for box, gold in zip(boxes, answer, strict=True)]
+    found = map(last_box, texts_of(completions))
+    return [float(right) for right in are_equal(list(zip(found, answer, strict=True)))]
+
+
+def flexible_reward(completions: list[Any], answer: list[str], **kwargs: Any) -> list[float]:
+    """1.0 where the answer is right by the flexible grading, else 0.0: for models that do not know the box.
+
+    Args:
+        completions (`list[str]` or `list[list[dict[str, str]]]`): Texts, or conversations that end in the model's turn.
+        answer (`list[str]`): Gold answers, one a completion: the `answer` column of [`for_rl`].
+        kwargs: The other columns and values that TRL hands to every reward function; unused.
+    Returns:
+        `list[float]`: One reward a completion.
+    """
+    found = map(_found, texts_of(completions))
+    return [float(right) for right in are_equal(list(zip(found, answer, strict=True)))]
 
 
 def format_reward(completions: list[Any], **kwargs: Any) -> list[float]:
@@ -115,8 +126,7 @@ def format_reward(completions: list[Any], **kwargs: Any) -> list[float]:
     Returns:
         `list[float]`: One reward a completion.
     """
-    boxes = [last_box(text) for text in texts_of(completions)]
-    return [float(box is not None and bool(_read(rf"\boxed{{{box}}}"))) for box in boxes]
+    return [float(is_read) for is_read in are_readable([last_box(text) for text in texts_of(completions)])]
 
 
 def load_rows(dataset_name: str, split: str, config: str | None = None, limit: int | None = None) -> "Dataset":
@@ -195,22 +205,9 @@ def for_sft(dataset: "Dataset", system_prompt: str | None = None) -> "Dataset":
     return dataset.map(prompt_and_completion, remove_columns=dataset.column_names)
 
 
-def _read(text: str) -> list:
-    """What math-verify reads in a text; empty if nothing."""
-    import threading
-
-    from math_verify import parse
-
-    # Its time limit is a signal, which only the main thread can take.
-    in_main = threading.current_thread() is threading.main_thread()
-    return parse(text, parsing_timeout=5 if in_main else None)
-
-
-def _is_found(completion: str, gold: str) -> bool:
-    """Whether what math-verify finds in a text without a box is the gold answer."""
-    # A box that is empty, or that the limit cut, is not to hide what else is there.
-    found = _read(re.sub(r"\\boxed\s*\{?", " ", completion))
-    return bool(found) and is_equal(found[-1], gold)
+def _found(completion: str) -> str | None:
+    """The answer that the flexible grading reads."""
+    return last_box(completion) or final_answer(completion)
 
 
 def _as_text(value: Any, column: str) -> str:

@@ -1,11 +1,15 @@
-"""The adapter that a recipe's arguments describe, and what of them is refused."""
+"""The adapter and the rewards that a recipe's arguments describe, and what of them is refused."""
+
+import sys
 
 import pytest
 import trl
 from peft import LoraConfig
-from training.arguments import AdapterArguments, build_peft_config
+from training.arguments import AdapterArguments, RLArguments, build_peft_config
+from trl.rewards import think_format_reward
 
 from trl_tinylora import TinyLoraConfig
+from trl_tinylora.tasks import controls, gsm8k, math
 
 
 @pytest.mark.parametrize(
@@ -42,3 +46,44 @@ def test_each_adapter_gives_its_peft_config():
     tiny = build_peft_config(AdapterArguments(n_tie="4", projection_seed=7), trl.ModelConfig("no/such-model"))
     assert isinstance(tiny, TinyLoraConfig) and (tiny.n_tie, tiny.projection_seed) == (4, 7)
     assert tiny.u == TinyLoraConfig().u, "what is not given keeps the tuner's default"
+
+
+# The reward
+
+
+def test_a_reward_is_one_name_or_several_and_a_yaml_or_a_command_line_gives_either(tmp_path):
+    def rewards(yaml, *arguments):
+        (tmp_path / "run.yaml").write_text(f"dataset_name: none\n{yaml}\n")
+        parser = trl.TrlParser((RLArguments,))
+        (parsed,) = parser.parse_args_and_config(["--config", str(tmp_path / "run.yaml"), *arguments])
+        return parsed.reward_functions()
+
+    assert rewards("task: gsm8k") == [gsm8k.strict_reward]
+    assert rewards("reward: format") == [gsm8k.format_reward]
+    assert rewards("task: math\nreward: [format, flexible]") == [math.format_reward, math.flexible_reward]
+    assert rewards("reward: format", "--reward", "strict", "random") == [gsm8k.strict_reward, controls.random_reward]
+    (parsed,) = trl.TrlParser((RLArguments,)).parse_dict({"dataset_name": "none", "reward": "format"})
+    assert parsed.reward_functions() == [gsm8k.format_reward]
+
+
+def test_a_reward_by_its_dotted_path_is_found_in_the_working_folder(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards_of_this_test.py").write_text("def short(completions, **kwargs): return [1.0]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    names = ["my_rewards_of_this_test.short", "trl.rewards.think_format_reward"]
+    mine, trls = RLArguments("none", reward=names).reward_functions()
+    assert mine(completions=["a"]) == [1.0] and trls is think_format_reward
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ("exact", "reward must be one of strict, flexible, format, random, or a dotted path .*; got 'exact'"),
+        ("nowhere.at_all", "reward='nowhere.at_all' cannot be imported from .*: No module named 'nowhere'"),
+        ("json.no_such", "reward='json.no_such' cannot be imported from .*: module 'json' has no attribute 'no_such'"),
+    ],
+)
+def test_a_reward_that_there_is_not_is_refused(reward, message, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(ValueError, match=message):
+        RLArguments("none", reward=reward).reward_functions()

@@ -64,7 +64,7 @@ def test_prompt_is_verls_stock_prompt():
         pytest.param("#### 72.", "72", id="trailing period"),
         pytest.param("#### 72.0", "72.0", id="decimal"),
         pytest.param("#### .5", ".5", id="no leading zero"),
-        pytest.param("#### 10-3", "10", id="a difference is not a negative number"),
+        pytest.param("#### 10-3", None, id="a difference is not one number"),
         pytest.param("#### 1\nno, wait\n#### 2", "2", id="two markers: the last counts"),
         pytest.param("#### 1\n####", "1", id="last marker without a number"),
         pytest.param("#### I do not know", None, id="marker without a number"),
