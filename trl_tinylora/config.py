@@ -1,10 +1,9 @@
-"""`TinyLoraConfig`: every field of a TinyLoRA adapter, and every check of a value that needs no model."""
+"""`TinyLoraConfig`: every field of a TinyLoRA adapter, and its folder's adapter_config.json."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 import warnings
 from dataclasses import dataclass
 from enum import Enum
@@ -16,11 +15,9 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from .budget import nearest_budget
-from .maths.tying import TYINGS
 from .storage.atomic_write import written_whole
 from .storage.card import describe, put_section
 from .storage.checkpoint import (
-    FORMAT,
     VALUES,
     SavedAdapter,
     former_bases,
@@ -31,8 +28,8 @@ from .storage.checkpoint import (
     refuse_pickle,
     settings_of,
 )
-from .storage.fingerprint import RESTORE, refuse_malformed
 from .tuner.targets import resolve_target_modules, skeleton
+from .validation import refuse_no_count, refuse_wrong_fields
 
 
 if TYPE_CHECKING:
@@ -41,46 +38,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-PROJECTIONS = ("gaussian", "basis")
-SAVE_DTYPES = ("float32", "bfloat16", "float16")
-
-
 class TinyLoraPeftType(str, Enum):
     """The name under which the tuner stands in PEFT's registries; PEFT's own `TINYLORA` is another formula."""
 
     TRL_TINYLORA = "TRL_TINYLORA"
-
-
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"`{name}` must be an integer, got {value!r} of type {type(value).__name__}.")
-    if value < 1:
-        raise ValueError(f"`{name}` must be at least 1, got {value}.")
-
-
-def _check_pattern(name: str, value: object) -> None:
-    if not isinstance(value, str):
-        return
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f"`{name}` is no regular expression, {error}: {value!r}.") from error
-
-
-def _check_written_fields(config: TinyLoraConfig) -> None:
-    # Others than the user write these, and a file can hold anything.
-    if config.checkpoint_format not in (None, FORMAT):
-        raise ValueError(
-            f"`checkpoint_format` is {config.checkpoint_format!r}, and this version of trl_tinylora reads {FORMAT} and "
-            "the folders before it. The adapter was saved by another version: install the newest one."
-        )
-    if not isinstance(config.checkpoint_digest, (str, type(None))):
-        raise TypeError(f"`checkpoint_digest` must be a text, got {config.checkpoint_digest!r}: {RESTORE}")
-    bases = config.singular_bases
-    if bases is not None and not (isinstance(bases, dict) and all(isinstance(text, str) for text in bases.values())):
-        raise TypeError(f"`singular_bases` must hold a text for each module, got {bases!r}: {RESTORE}")
-    if config.base_fingerprint is not None:
-        refuse_malformed(config.base_fingerprint)
 
 
 @dataclass
@@ -186,7 +147,7 @@ class TinyLoraConfig(PeftConfig):
         self.peft_type = TinyLoraPeftType.TRL_TINYLORA
         # Of the folder that was last read or written with this configuration, which may serve several models.
         self._saved: Optional[SavedAdapter] = None
-        self.validate()
+        refuse_wrong_fields(self)
         # What the values have to be that are loaded into an adapter with this configuration, as it is now: its fields
         # may be changed on purpose before.
         self._expected = self.checkpoint_digest, function_of(vars(self))
@@ -197,50 +158,6 @@ class TinyLoraConfig(PeftConfig):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
-
-    def validate(self) -> None:
-        """
-        Verifies every field that can be verified without a model.
-
-        Raises:
-            TypeError: If a number is not an integer.
-            ValueError: If a value is out of its range; the message names the value and the bound.
-        """
-        _check_count("r", self.r)
-        _check_count("u", self.u)
-        if self.n_tie != "all":
-            if isinstance(self.n_tie, str):
-                raise ValueError(f'`n_tie` must be an integer or "all", got {self.n_tie!r}.')
-            _check_count("n_tie", self.n_tie)
-        if self.tying not in TYINGS:
-            raise ValueError(f"`tying` must be one of {TYINGS}, got {self.tying!r}.")
-        if self.projection not in PROJECTIONS:
-            raise ValueError(f"`projection` must be one of {PROJECTIONS}, got {self.projection!r}.")
-        if self.save_dtype not in SAVE_DTYPES:
-            raise ValueError(f"`save_dtype` must be one of {SAVE_DTYPES}, got {self.save_dtype!r}.")
-        if isinstance(self.projection_seed, bool) or not isinstance(self.projection_seed, int):
-            raise TypeError(f"`projection_seed` must be an integer, got {self.projection_seed!r}.")
-        if not 0 <= self.projection_seed < 2**32:
-            raise ValueError(f"`projection_seed` must lie in [0, 2**32), got {self.projection_seed}.")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("`layers_pattern` needs `layers_to_transform`; set both or neither.")
-        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            raise ValueError(
-                "`layers_to_transform` needs `target_modules` as a list of names, for example "
-                f"['q_proj', 'v_proj'], got {self.target_modules!r}."
-            )
-        if self.projection == "basis" and self.u > self.r**2:
-            raise ValueError(
-                f'`projection="basis"` has r * r = {self.r**2} matrices, got u={self.u}. Lower `u` or raise `r`.'
-            )
-        if self.target_modules is None or not len(self.target_modules):
-            raise ValueError(
-                f'`target_modules` must be "all-linear", a list of names or a regular expression, got '
-                f"{self.target_modules!r}."
-            )
-        for field in ("target_modules", "exclude_modules"):
-            _check_pattern(field, getattr(self, field))
-        _check_written_fields(self)
 
     def verify_values(self, tensors: dict[str, torch.Tensor], place: str) -> None:
         """
@@ -293,7 +210,7 @@ class TinyLoraConfig(PeftConfig):
         Raises:
             ValueError: If `n_values` is below 1, or not to be had and `exact=True`.
         """
-        _check_count("n_values", n_values)
+        refuse_no_count("n_values", n_values)
         fixed_u, fixed_n_tie = fields.pop("u", None), fields.pop("n_tie", None)
         draft = cls(**fields)
         names = resolve_target_modules(skeleton(model), draft)
@@ -332,7 +249,8 @@ class TinyLoraConfig(PeftConfig):
         Raises:
             ValueError: If the folder holds the adapter of another method, or a damaged or foreign weights file.
         """
-        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        folder = str(pretrained_model_name_or_path)
+        folder = os.path.join(folder, subfolder) if subfolder else folder
         try:
             config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         except (TypeError, ValueError) as error:

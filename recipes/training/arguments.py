@@ -15,8 +15,8 @@ from peft import PeftConfig
 from transformers import AutoConfig
 
 from trl_tinylora import TinyLoraConfig
-from trl_tinylora.config import SAVE_DTYPES
 from trl_tinylora.tasks import controls, get_task
+from trl_tinylora.validation import SAVE_DTYPES
 
 
 REWARDS = ("strict", "flexible", "format", "random")

@@ -158,6 +158,18 @@ def measure(mode, base, step_base, folder, expected):
     }
 
 
+def assert_holds(mode, result):
+    """What a mode has to find against one process."""
+    assert result["agree"] == result["cases"] == len(NUMERIC)
+    # A quarter of all combinations ask for it, and under ZeRO-3 TRL gives it to the quarter as well that asks for the
+    # other kind.
+    asked_for = len(NUMERIC) // 2 if mode.startswith("zero3") else len(NUMERIC) // 4
+    assert result["reentrant_where_asked_for"] == asked_for
+    assert result["base_kept"] and result["yielded_the_same"]
+    assert (result["difference_of_a_killed_and_resumed_run"] or 0) <= TOLERANCE
+    assert (result["difference_of_a_launched_recipe"] or 0) <= TOLERANCE
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3 * 3600)
 @pytest.mark.parametrize("mode", MODES)
@@ -176,10 +188,11 @@ def test_every_combination_agrees_with_one_process(mode, record, base, step_base
         record["modes"][mode] = result
         write_text(RECORD, json.dumps(record, indent=2) + "\n")
         update_section(PAGE, "distributed", table(record))
-    result = record["modes"][mode]
-    assert result["agree"] == result["cases"] == len(NUMERIC)
-    # A quarter of all combinations ask for it.
-    assert result["reentrant_where_asked_for"] == len(NUMERIC) // 4
-    assert result["base_kept"] and result["yielded_the_same"]
-    assert (result["difference_of_a_killed_and_resumed_run"] or 0) <= TOLERANCE
-    assert (result["difference_of_a_launched_recipe"] or 0) <= TOLERANCE
+    assert_holds(mode, record["modes"][mode])
+
+
+def test_the_committed_record_holds_for_every_mode():
+    record = json.loads(RECORD.read_text())
+    assert list(record["modes"]) == list(MODES)
+    for mode, result in record["modes"].items():
+        assert_holds(mode, result)

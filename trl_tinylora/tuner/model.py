@@ -24,6 +24,7 @@ from ..storage.checkpoint import (
     refuse_unfit_shape,
 )
 from ..storage.fingerprint import fingerprint, refuse_another_base
+from ..validation import refuse_wrong_fields
 from .bank import TinyLoraBank, TinyLoraLayer
 from .build import ModuleTree, compute_factors, first_block, recover_factors
 from .layer import Linear
@@ -81,7 +82,7 @@ class TinyLoraModel(BaseTuner):
         if not isinstance(config, TinyLoraConfig):
             raise ValueError(f"expected a TinyLoraConfig for {adapter_name!r}, got {type(config).__name__}.")
         # Fields can have been set since.
-        config.validate()
+        refuse_wrong_fields(config)
         bank: Optional[TinyLoraBank] = model._modules.get(BANK)
         self._refuse_second_injection(model, bank, adapter_name)
         plan = None if bank is None else bank.plan_in_same_words(config)
@@ -192,6 +193,18 @@ class TinyLoraModel(BaseTuner):
         # The values are float32 from the start; PEFT would look for others in every adapter there is.
         if _trains_more_than_values(self.peft_config[adapter_name]):
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Makes adapters the active ones, trained unless `inference_mode`.
+
+        Raises:
+            ValueError: If one does not exist.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        unknown = [name for name in names if name not in self.peft_config]
+        if unknown:
+            raise ValueError(f"Adapter {', '.join(map(str, unknown))} not found, there are {list(self.peft_config)}.")
+        super().set_adapter(adapter_name, inference_mode)
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
@@ -320,7 +333,7 @@ class TinyLoraModel(BaseTuner):
 
     def _check_rows(self, adapter_names: list[str]) -> None:
         """What can be told of a batch whose rows have adapters of their own before it is seen."""
-        if isinstance(adapter_names, str):
+        if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
             raise TypeError(f"`adapter_names` must be a list with a name for each row, got {adapter_names!r}.")
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")

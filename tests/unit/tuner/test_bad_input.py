@@ -29,10 +29,25 @@ def values_of(model, name="default"):
         ({"target_modules": "(q_proj"}, "`target_modules` is no regular expression"),
         ({"target_modules": "*_proj"}, "`target_modules` is no regular expression"),
         ({"exclude_modules": "[a"}, "`exclude_modules` is no regular expression"),
+        ({"target_modules": 5}, "`target_modules` must be a text or a list of names, got 5"),
+        ({"target_modules": ["q_proj", 5]}, "`target_modules` must be a text or a list of names"),
+        ({"target_modules": b"q_proj"}, "`target_modules` must be a text or a list of names"),
+        ({"exclude_modules": 5}, "`exclude_modules` must be a text or a list of names"),
+        ({"modules_to_save": "lm_head"}, "`modules_to_save` must be a list of names, got 'lm_head'"),
+        ({"modules_to_save": [3]}, "`modules_to_save` must be a list of names"),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": "0"},
+            "`layers_to_transform` must be a list of integers",
+        ),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0.5]}, "`layers_to_transform` must be an integer"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": []}, "`layers_to_transform` is empty"),
+        ({"trainable_token_indices": "x"}, "`trainable_token_indices` must be a list of integers"),
+        ({"trainable_token_indices": [1.5]}, "`trainable_token_indices` must be an integer, got 1.5"),
+        ({"trainable_token_indices": {"embed_tokens": 3}}, "`trainable_token_indices` must be a list of integers"),
     ],
 )
 def test_a_configuration_that_can_fit_no_model_is_refused(fields, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         TinyLoraConfig(**fields)
 
 
@@ -192,6 +207,17 @@ def test_a_text_is_no_list_of_names(tiny_qwen2, token_ids):
     model = adapted(tiny_qwen2()).eval()
     with pytest.raises(TypeError, match="`adapter_names` must be a list.*got 'default'"):
         model(token_ids, adapter_names="default")
+    with pytest.raises(TypeError, match=r"`adapter_names` must be a list.*got \[1, 2\]"):
+        model(token_ids, adapter_names=[1, 2])
+
+
+@pytest.mark.bad_input("a name")
+@pytest.mark.parametrize("names", ["nope", ["default", "nope"]])
+def test_activating_an_adapter_that_is_not_there_is_refused(tiny_qwen2, names):
+    model = adapted(tiny_qwen2())
+    with pytest.raises(ValueError, match=r"Adapter nope not found, there are \['default'\]"):
+        model.base_model.set_adapter(names)
+    assert model.active_adapters == ["default"]
 
 
 @pytest.mark.bad_input("a name")

@@ -1,0 +1,125 @@
+"""Every check of a configuration's field that needs no model."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from .maths.tying import TYINGS
+from .storage.checkpoint import FORMAT
+from .storage.fingerprint import RESTORE, refuse_malformed
+
+
+if TYPE_CHECKING:
+    from .config import TinyLoraConfig
+
+
+PROJECTIONS = ("gaussian", "basis")
+SAVE_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def refuse_wrong_fields(config: TinyLoraConfig) -> None:
+    """
+    Raises where a field has the wrong type or is out of its range.
+
+    Args:
+        config ([`TinyLoraConfig`]): Its fields may have been set after it was made.
+
+    Raises:
+        TypeError: If a field has another type than it can have.
+        ValueError: If a value is out of its range; the message names the value and the bound.
+    """
+    refuse_no_count("r", config.r)
+    refuse_no_count("u", config.u)
+    if config.n_tie != "all":
+        if isinstance(config.n_tie, str):
+            raise ValueError(f'`n_tie` must be an integer or "all", got {config.n_tie!r}.')
+        refuse_no_count("n_tie", config.n_tie)
+    for name, choices in (("tying", TYINGS), ("projection", PROJECTIONS), ("save_dtype", SAVE_DTYPES)):
+        if getattr(config, name) not in choices:
+            raise ValueError(f"`{name}` must be one of {choices}, got {getattr(config, name)!r}.")
+    _refuse_no_integer("projection_seed", config.projection_seed)
+    if not 0 <= config.projection_seed < 2**32:
+        raise ValueError(f"`projection_seed` must lie in [0, 2**32), got {config.projection_seed}.")
+    if config.projection == "basis" and config.u > config.r**2:
+        raise ValueError(
+            f'`projection="basis"` has r * r = {config.r**2} matrices, got u={config.u}. Lower `u` or raise `r`.'
+        )
+    _refuse_wrong_targets(config)
+    _refuse_wrong_written_fields(config)
+
+
+def refuse_no_count(name: str, value: object) -> None:
+    """Raises `TypeError` where a value is no integer, and `ValueError` where it is below 1."""
+    _refuse_no_integer(name, value)
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {value}.")
+
+
+def _refuse_no_integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an integer, got {value!r} of type {type(value).__name__}.")
+
+
+def _refuse_wrong_targets(config: TinyLoraConfig) -> None:
+    """Of the fields that choose modules, layers and tokens."""
+    if config.target_modules is None or config.target_modules in ("", [], set()):
+        raise ValueError(
+            f'`target_modules` must be "all-linear", a list of names or a regular expression, got '
+            f"{config.target_modules!r}."
+        )
+    for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        _refuse_no_names(name, getattr(config, name), "a text or a list of names")
+    if isinstance(config.modules_to_save, str):
+        raise TypeError(f"`modules_to_save` must be a list of names, got {config.modules_to_save!r}.")
+    _refuse_no_names("modules_to_save", config.modules_to_save, "a list of names")
+    tokens = config.trainable_token_indices
+    for indexes in tokens.values() if isinstance(tokens, dict) else [tokens]:
+        _refuse_no_indexes("trainable_token_indices", indexes)
+    layers = config.layers_to_transform
+    _refuse_no_indexes("layers_to_transform", [layers] if isinstance(layers, int) else layers)
+    if layers == []:
+        raise ValueError("`layers_to_transform` is empty, and would adapt every layer: name layers, or leave it out.")
+    if config.layers_pattern and layers is None:
+        raise ValueError("`layers_pattern` needs `layers_to_transform`; set both or neither.")
+    if layers is not None and isinstance(config.target_modules, str):
+        raise ValueError(
+            "`layers_to_transform` needs `target_modules` as a list of names, for example "
+            f"['q_proj', 'v_proj'], got {config.target_modules!r}."
+        )
+
+
+def _refuse_no_names(name: str, value: object, wanted: str) -> None:
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"`{name}` is no regular expression, {error}: {value!r}.") from error
+    elif value is not None:
+        if not isinstance(value, (list, set, tuple)) or not all(isinstance(part, str) for part in value):
+            raise TypeError(f"`{name}` must be {wanted}, got {value!r}.")
+
+
+def _refuse_no_indexes(name: str, value: object) -> None:
+    if value is None:
+        return
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"`{name}` must be a list of integers, got {value!r}.")
+    for index in value:
+        _refuse_no_integer(name, index)
+
+
+def _refuse_wrong_written_fields(config: TinyLoraConfig) -> None:
+    """Of the fields that are written when an adapter is saved: a file can hold anything."""
+    if config.checkpoint_format not in (None, FORMAT):
+        raise ValueError(
+            f"`checkpoint_format` is {config.checkpoint_format!r}, and this version of trl_tinylora reads {FORMAT} and "
+            "the folders before it. The adapter was saved by another version: install the newest one."
+        )
+    if not isinstance(config.checkpoint_digest, (str, type(None))):
+        raise TypeError(f"`checkpoint_digest` must be a text, got {config.checkpoint_digest!r}: {RESTORE}")
+    bases = config.singular_bases
+    if bases is not None and not (isinstance(bases, dict) and all(isinstance(text, str) for text in bases.values())):
+        raise TypeError(f"`singular_bases` must hold a text for each module, got {bases!r}: {RESTORE}")
+    if config.base_fingerprint is not None:
+        refuse_malformed(config.base_fingerprint)
