@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import warnings
 from contextlib import contextmanager
 from typing import Optional
 
@@ -14,7 +13,6 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ..config import TinyLoraConfig
-from ..distributed import is_sharded
 from ..maths.tying import count_groups
 from ..storage.checkpoint import (
     PREFIX,
@@ -23,21 +21,27 @@ from ..storage.checkpoint import (
     own_tensors,
     refuse_unfit_shape,
 )
-from ..storage.fingerprint import fingerprint, refuse_another_base
+from ..storage.fingerprint import fingerprint
 from ..validation import refuse_wrong_fields
 from .bank import TinyLoraBank, TinyLoraLayer
 from .build import ModuleTree, compute_factors, first_block, recover_factors
 from .layer import Linear
 from .mixed_batch import MixedBatch
 from .plan import Plan, refuse_too_large
+from .refusals import (
+    BASE_ROW,
+    refuse_second_injection,
+    refuse_unfit,
+    refuse_wrong_rows,
+    trains_more_than_values,
+    warn_of_zeros,
+)
 from .targets import resolve_target_modules
 from .values import Vectors
 
 
 # The bank's name in the base model.
 BANK = "tinylora_bank"
-# PEFT's name for a row without an adapter.
-BASE_ROW = "__base__"
 
 
 class TinyLoraModel(BaseTuner):
@@ -84,10 +88,10 @@ class TinyLoraModel(BaseTuner):
         # Fields can have been set since.
         refuse_wrong_fields(config)
         bank: Optional[TinyLoraBank] = model._modules.get(BANK)
-        self._refuse_second_injection(model, bank, adapter_name)
+        refuse_second_injection(model, bank, adapter_name)
         plan = None if bank is None else bank.plan_in_same_words(config)
-        if plan is not None and not _trains_more_than_values(config):
-            self._refuse_unfit(adapter_name, config, plan.probes, plan.shape)
+        if plan is not None and not trains_more_than_values(config):
+            refuse_unfit(adapter_name, config, plan.probes, plan.shape)
             # PEFT's own injection looks at every module and every adapter there is; here nothing is left to wrap.
             bank.add(adapter_name, Vectors(plan, _device(plan, low_cpu_mem_usage), config))
             config.target_modules = copy.copy(plan.target_modules)
@@ -111,21 +115,6 @@ class TinyLoraModel(BaseTuner):
         plan.targets |= {as_asked_for, Plan.targets_of(config)}
         self.bank.place_hooks(model, plan.first_block)
 
-    @staticmethod
-    def _refuse_second_injection(model: nn.Module, bank: Optional[TinyLoraBank], adapter_name: str) -> None:
-        if adapter_name == BASE_ROW:
-            raise ValueError(
-                f"an adapter cannot be named {BASE_ROW!r}: in `adapter_names` that stands for the base model. Choose "
-                "another name."
-            )
-        is_below = bank is None and any(isinstance(module, TinyLoraBank) for module in model.modules())
-        if is_below or (bank is not None and bank.vectors(adapter_name) is not None):
-            raise ValueError(
-                f"this model carries a TinyLoRA adapter already, and {adapter_name!r} would take its place without "
-                "values to train. For a second one call `model.add_adapter(name, config)` on the `PeftModel`; to "
-                "start anew, `model.unload()` first."
-            )
-
     def _new_plan(self, model: nn.Module, bank: Optional[TinyLoraBank], adapter_name: str) -> tuple[Plan, dict]:
         """The plan that an adapter follows and the factors of its modules, once all that can be refused is accepted."""
         config = self.peft_config[adapter_name]
@@ -135,40 +124,13 @@ class TinyLoraModel(BaseTuner):
         if config.n_tie == "all" or config.n_tie > len(names):
             config.warn_if_redundant(len(names))
         factors, measured = compute_factors(model, bank, names, config.r)
-        zero = [name for name in names if measured[name].probe.scale == 0]
-        if zero:
-            warnings.warn(
-                f"the weights of {', '.join(zero[:5])}{', ...' if len(zero) > 5 else ''} ({len(zero)} of {len(names)} "
-                "modules) are all zero, and so is every update of them: put them into `exclude_modules`, or load the "
-                "model's weights first.",
-                stacklevel=2,
-            )
+        warn_of_zeros({name: measured[name].probe.scale for name in names})
         shape = count_groups(names, config.n_tie, config.tying), config.u
-        self._refuse_unfit(adapter_name, config, {name: measured[name].probe for name in names}, shape)
+        refuse_unfit(adapter_name, config, {name: measured[name].probe for name in names}, shape)
         recovered = recover_factors(model, factors, config)
         rotated = {name: config.singular_bases[name] for name in recovered}
         plan = Plan(config, names, block, factors[names[0]][0].device, measured, rotated)
         return plan if bank is None else bank.same_plan(plan), factors | recovered
-
-    def _refuse_unfit(self, adapter_name: str, config: TinyLoraConfig, probes: dict, shape: tuple[int, int]) -> None:
-        # A configuration that was read from a folder has these; nothing is changed yet.
-        if config.base_fingerprint is not None:
-            try:
-                refuse_another_base(config.base_fingerprint, probes)
-            except ValueError as error:
-                raise ValueError(
-                    f"this is not the base model of the adapter {adapter_name!r}: {error}. Load it on "
-                    f"{config.base_model_name_or_path or 'its own base'} as it was then, unquantised. To load it on "
-                    "this model all the same, pass `config=config` with `config.base_fingerprint = None`, from "
-                    "`config = PeftConfig.from_pretrained(...)`."
-                ) from error
-            if config.base_fingerprint.get("stored") and not config.singular_bases:
-                raise NotImplementedError(
-                    f"the adapter {adapter_name!r} was saved by an earlier version, with factors that this loader does "
-                    "not read. Load it with `peft.PeftModel.from_pretrained`, and save it again."
-                )
-        if config._saved is not None and config._saved.folder is not None:
-            refuse_unfit_shape(config._saved.values_GK.shape, shape)
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
@@ -191,7 +153,7 @@ class TinyLoraModel(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # The values are float32 from the start; PEFT would look for others in every adapter there is.
-        if _trains_more_than_values(self.peft_config[adapter_name]):
+        if trains_more_than_values(self.peft_config[adapter_name]):
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -292,7 +254,7 @@ class TinyLoraModel(BaseTuner):
         for name in adapters:
             if name not in self.peft_config:
                 raise ValueError(f"Adapter {name} does not exist")
-            if _trains_more_than_values(self.peft_config[name]):
+            if trains_more_than_values(self.peft_config[name]):
                 raise ValueError(
                     f"{name!r} has trained modules or tokens beside its values, which cannot be added up or compared. "
                     "Use adapters without `modules_to_save` and `trainable_token_indices`."
@@ -320,7 +282,7 @@ class TinyLoraModel(BaseTuner):
         if names is None:
             yield
             return
-        self._check_rows(names)
+        refuse_wrong_rows(self, names)
         num_beams = kwargs.get("num_beams")
         if isinstance(num_beams, int):
             # Beam search repeats each row, one beam after another.
@@ -330,33 +292,6 @@ class TinyLoraModel(BaseTuner):
             yield
         finally:
             self.bank.mixed_batch = None
-
-    def _check_rows(self, adapter_names: list[str]) -> None:
-        """What can be told of a batch whose rows have adapters of their own before it is seen."""
-        if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
-            raise TypeError(f"`adapter_names` must be a list with a name for each row, got {adapter_names!r}.")
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        if self.bank.merged_layers:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
-        names = set(adapter_names) - {BASE_ROW}
-        unknown = [name for name in names if self.bank.vectors(name) is None]
-        if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
-        # What stands beside the values is the active adapter's in every row.
-        for name in sorted({*names, *self.active_adapters}):
-            if _trains_more_than_values(self.peft_config[name]):
-                raise NotImplementedError(
-                    f"{name!r} has trained modules or tokens beside its values, which cannot differ between the rows "
-                    "of a batch. Leave it out and make another adapter active, or run its rows as a batch of their own."
-                )
-        if any(is_sharded(self.bank.vectors(name).values_GK) for name in names):
-            raise NotImplementedError(
-                "`adapter_names` needs the values whole in each process, and ZeRO-3 or FSDP2 has sharded them. Load "
-                "the adapters on an ordinary model, or run the rows of each adapter as a batch of their own."
-            )
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
@@ -385,10 +320,6 @@ class TinyLoraModel(BaseTuner):
 
 def _bank_of(model: nn.Module) -> TinyLoraBank:
     return next(module for module in model.modules() if isinstance(module, TinyLoraBank))
-
-
-def _trains_more_than_values(config: TinyLoraConfig) -> bool:
-    return bool(config.modules_to_save or config.trainable_token_indices)
 
 
 def _device(plan: Plan, low_cpu_mem_usage: bool) -> torch.device:

@@ -1,0 +1,130 @@
+"""What a model and its adapters cannot do, said before anything of the model is changed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Optional
+
+from torch import nn
+
+from ..config import TinyLoraConfig
+from ..distributed import is_sharded
+from ..storage.checkpoint import refuse_unfit_shape
+from ..storage.fingerprint import Probe, refuse_another_base
+from .bank import TinyLoraBank
+
+
+if TYPE_CHECKING:
+    from .model import TinyLoraModel
+
+
+# PEFT's name for a row without an adapter.
+BASE_ROW = "__base__"
+
+
+def trains_more_than_values(config: TinyLoraConfig) -> bool:
+    """Returns whether an adapter has trained modules or tokens beside its values."""
+    return bool(config.modules_to_save or config.trainable_token_indices)
+
+
+def refuse_second_injection(model: nn.Module, bank: Optional[TinyLoraBank], adapter_name: str) -> None:
+    """Raises `ValueError` where an adapter would take the place of one that is there, or has the name of the base."""
+    if adapter_name == BASE_ROW:
+        raise ValueError(
+            f"an adapter cannot be named {BASE_ROW!r}: in `adapter_names` that stands for the base model. Choose "
+            "another name."
+        )
+    is_below = bank is None and any(isinstance(module, TinyLoraBank) for module in model.modules())
+    if is_below or (bank is not None and bank.vectors(adapter_name) is not None):
+        raise ValueError(
+            f"this model carries a TinyLoRA adapter already, and {adapter_name!r} would take its place without "
+            "values to train. For a second one call `model.add_adapter(name, config)` on the `PeftModel`; to "
+            "start anew, `model.unload()` first."
+        )
+
+
+def warn_of_zeros(scales: Mapping[str, float]) -> None:
+    """Warns of weights that are all zero, of their root mean squares by name."""
+    zero = [name for name, scale in scales.items() if scale == 0]
+    if zero:
+        warnings.warn(
+            f"the weights of {', '.join(zero[:5])}{', ...' if len(zero) > 5 else ''} ({len(zero)} of {len(scales)} "
+            "modules) are all zero, and so is every update of them: put them into `exclude_modules`, or load the "
+            "model's weights first.",
+            stacklevel=3,
+        )
+
+
+def refuse_unfit(
+    adapter_name: str, config: TinyLoraConfig, probes: Mapping[str, Probe], shape: tuple[int, int]
+) -> None:
+    """
+    Raises where a saved adapter does not belong to a base model.
+
+    Args:
+        adapter_name (`str`): The adapter.
+        config ([`TinyLoraConfig`]): Its configuration; one that was not read from a folder fits any base.
+        probes (`Mapping[str, Probe]`): Of each module that it would adapt here, by name, in depth order.
+        shape (`tuple[int, int]`): Of its values here, (groups, u).
+
+    Raises:
+        ValueError: If it is another base, or the values have another shape.
+        NotImplementedError: If its factors were stored and are not read.
+    """
+    if config.base_fingerprint is not None:
+        try:
+            refuse_another_base(config.base_fingerprint, probes)
+        except ValueError as error:
+            raise ValueError(
+                f"this is not the base model of the adapter {adapter_name!r}: {error}. Load it on "
+                f"{config.base_model_name_or_path or 'its own base'} as it was then, unquantised. To load it on "
+                "this model all the same, pass `config=config` with `config.base_fingerprint = None`, from "
+                "`config = PeftConfig.from_pretrained(...)`."
+            ) from error
+        if config.base_fingerprint.get("stored") and not config.singular_bases:
+            raise NotImplementedError(
+                f"the adapter {adapter_name!r} was saved by an earlier version, with factors that this loader does "
+                "not read. Load it with `peft.PeftModel.from_pretrained`, and save it again."
+            )
+    if config._saved is not None and config._saved.folder is not None:
+        refuse_unfit_shape(config._saved.values_GK.shape, shape)
+
+
+def refuse_wrong_rows(tuner: TinyLoraModel, adapter_names: Sequence[str]) -> None:
+    """
+    Raises for what can be told of a batch whose rows have adapters of their own before it is seen.
+
+    Args:
+        tuner ([`TinyLoraModel`]): The model.
+        adapter_names (`Sequence[str]`): An adapter for each row.
+
+    Raises:
+        TypeError: If it is no list of names.
+        ValueError: If an adapter does not exist, or the model is in training mode or merged.
+        NotImplementedError: If something beside the values would have to differ, or the values are sharded.
+    """
+    if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
+        raise TypeError(f"`adapter_names` must be a list with a name for each row, got {adapter_names!r}.")
+    if tuner.training:
+        raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+    if tuner.bank.merged_layers:
+        raise ValueError(
+            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+        )
+    names = set(adapter_names) - {BASE_ROW}
+    unknown = [name for name in names if tuner.bank.vectors(name) is None]
+    if unknown:
+        raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+    # What stands beside the values is the active adapter's in every row.
+    for name in sorted({*names, *tuner.active_adapters}):
+        if trains_more_than_values(tuner.peft_config[name]):
+            raise NotImplementedError(
+                f"{name!r} has trained modules or tokens beside its values, which cannot differ between the rows "
+                "of a batch. Leave it out and make another adapter active, or run its rows as a batch of their own."
+            )
+    if any(is_sharded(tuner.bank.vectors(name).values_GK) for name in names):
+        raise NotImplementedError(
+            "`adapter_names` needs the values whole in each process, and ZeRO-3 or FSDP2 has sharded them. Load "
+            "the adapters on an ordinary model, or run the rows of each adapter as a batch of their own."
+        )
