@@ -6,6 +6,8 @@ The table of bad inputs in docs/adapters.md: how many the tests try, by kind.
 """
 
 import argparse
+import contextlib
+import io
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -42,9 +44,11 @@ def main() -> None:
     import pytest
 
     collected = Collected()
-    code = pytest.main(["--collect-only", "-qq", "-p", "no:terminal", f"--rootdir={ROOT}", str(ROOT)], [collected])
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        code = pytest.main(["--collect-only", "-q", f"--rootdir={ROOT}", str(ROOT / "tests")], [collected])
     if code:
-        sys.exit(f"error: pytest ended with {code}")
+        sys.exit(f"{said.getvalue()}error: pytest ended with {code}")
     print(table(collected.items))
     if options.update:
         sys.path.insert(0, str(ROOT / "recipes"))
