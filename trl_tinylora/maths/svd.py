@@ -17,8 +17,8 @@ from typing import NamedTuple, Optional
 import torch
 
 
-# The full SVD's operations grow with the smaller side squared times the larger one. Up to this, and for weights narrower
-# than that, it costs less than Lanczos on the slowest spectrum of a real weight (one core, 27 shapes, 64 to 65,536).
+# The full SVD's operations grow with the smaller side squared times the larger one. Up to this, and for weights that
+# are NARROW, it costs less than Lanczos on the slowest spectrum of a real weight (one core, 27 shapes, 64 to 65,536).
 FULL_SVD_BELOW, NARROW = 80_000_000, 256
 # The residual over the largest singular value. A singular vector is right to this over its gap, the distance to the
 # nearest other singular value over the largest one: to 1e-4 where the gap is 1e-3 or more.
