@@ -1,5 +1,5 @@
 """
-The command line: `python -m trl_tinylora plan | inspect | export | verify`.
+The command line: `python -m trl_tinylora plan | inspect | export | verify | run`.
 
 Exit status 0 where all went well, 1 with one line on stderr where something is wrong, 2 for a wrong command line.
 
@@ -9,7 +9,9 @@ What takes seconds to import is imported by the command that needs it, once its 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
+import runpy
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -51,6 +53,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     Raises:
         SystemExit: With status 2 for a wrong command line, with 0 for `--help`.
     """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] == ["run"] and arguments[1:] not in ([], ["-h"], ["--help"]):
+        # What follows is another program's, whose errors are its own.
+        return _run(arguments[1:])
     options = _parser().parse_args(arguments)
     try:
         with warnings.catch_warnings():
@@ -87,7 +93,28 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--dtype", choices=DTYPE_NAMES, default="float32", help="of the file (default float32)")
     export.add_argument("--overwrite", action="store_true", help="replace an adapter in OUT")
     command(_verify, "load an adapter on a base model", adapter=either, model=f"{either} of the base model")
+    what = "program that loads an adapter by PEFT: a script, or `-m` and a module, with its own arguments"
+    command(_run, "run another program, for which PEFT knows the adapters' type", program=what)
     return parser
+
+
+def _run(command: Sequence[str]) -> int:
+    """Runs a script, or the module behind `-m`, as Python itself would."""
+    is_module = command[0] == "-m"
+    name, *own = command[1:] if is_module and len(command) > 1 else command
+    if (importlib.util.find_spec(name.partition(".")[0]) is None) if is_module else not os.path.isfile(name):
+        print(f"error: there is no {'module' if is_module else 'file'} {name!r} to run", file=sys.stderr)
+        return 1
+    from .registration import register
+
+    register()
+    sys.argv = [name, *own]
+    if is_module:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    else:
+        sys.path.insert(0, os.path.dirname(os.path.abspath(name)))
+        runpy.run_path(name, run_name="__main__")
+    return 0
 
 
 def _count(text: str) -> int:

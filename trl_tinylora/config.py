@@ -87,6 +87,11 @@ class TinyLoraConfig(PeftConfig):
             Modules trained and saved in full beside the adapter.
         trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
             Token embeddings trained and saved beside the adapter.
+        init_weights (`bool` or `"uniform"`, *optional*, defaults to `True`):
+            `True`: v starts at zero, and the adapted model as the base model. `False` or `"uniform"`: v is drawn
+            uniformly within `init_v_bound`, from a stream of `projection_seed`; for tests of what an adapter does.
+        init_v_bound (`float`, *optional*, defaults to `0.02`):
+            Bound of the drawn values, at least 0; as in `peft.TinyLoraConfig`.
         save_dtype (`str`, *optional*, defaults to `"float32"`):
             Dtype of the values in the file: `"float32"`, `"bfloat16"` or `"float16"` (13 values: 52, 26 or 26 bytes).
             They are trained in float32 whatever it is.
@@ -136,6 +141,8 @@ class TinyLoraConfig(PeftConfig):
     layers_pattern: Optional[Union[list[str], str]] = None
     modules_to_save: Optional[list[str]] = None
     trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = None
+    init_weights: Union[bool, Literal["uniform"]] = True
+    init_v_bound: float = 0.02
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     base_fingerprint: Optional[dict] = None
     singular_bases: Optional[dict] = None

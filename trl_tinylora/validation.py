@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,13 @@ def refuse_wrong_fields(config: TinyLoraConfig) -> None:
         raise ValueError(
             f'`projection="basis"` has r * r = {config.r**2} matrices, got u={config.u}. Lower `u` or raise `r`.'
         )
+    if config.init_weights not in (True, False, "uniform"):
+        raise ValueError(f'`init_weights` must be True, False or "uniform", got {config.init_weights!r}.')
+    bound = config.init_v_bound
+    if isinstance(bound, bool) or not isinstance(bound, (int, float)):
+        raise TypeError(f"`init_v_bound` must be a number, got {bound!r} of type {type(bound).__name__}.")
+    if not 0 <= bound < math.inf:
+        raise ValueError(f"`init_v_bound` must be finite and at least 0, got {bound}.")
     _refuse_wrong_targets(config)
     _refuse_wrong_written_fields(config)
 

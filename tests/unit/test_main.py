@@ -64,6 +64,47 @@ def logits_of(model):
         return model.eval()(input_ids=torch.arange(4, 14)[None]).logits
 
 
+# run
+
+
+PROGRAM = """
+import sys
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2])
+print(type(model.base_model).__name__, sys.argv[3:], __name__)
+"""
+
+
+@pytest.mark.parametrize("is_module", [False, True])
+def test_run_runs_a_program_that_has_not_heard_of_the_package(adapter, base_folder, tmp_path, is_module):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    program = ["-m", "program"] if is_module else [str(tmp_path / "program.py")]
+    command = [*program, base_folder, str(adapter), "--model", "hf"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+
+    def call(*through):
+        return subprocess.run([sys.executable, *through, *command], capture_output=True, text=True, env=environment)
+
+    done = call("-m", "trl_tinylora", "run")
+    assert done.stdout.splitlines() == ["TinyLoraModel ['--model', 'hf'] __main__"], done.stderr
+    # Control: by itself it fails.
+    assert "KeyError: 'TRL_TINYLORA'" in call().stderr
+
+
+@pytest.mark.bad_input("a command line of `python -m trl_tinylora`")
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["-m", "no_such_module"], "no module 'no_such_module'"),
+        (["no/file.py"], "no file 'no/file.py'"),
+        (["-m"], "-m"),
+    ],
+)
+def test_run_says_what_there_is_not(run, command, message):
+    assert_fails(run("run", *command), message)
+
+
 # plan
 
 

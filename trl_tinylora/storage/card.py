@@ -56,6 +56,8 @@ from peft import AutoPeftModelForCausalLM
 model = AutoPeftModelForCausalLM.from_pretrained("this/folder/or/repository")
 ```
 
+A program that loads adapters with PEFT and does not know this package runs by `python -m trl_tinylora run`, as in \
+`python -m trl_tinylora run -m lm_eval --model hf --model_args pretrained=BASE,peft=this/folder/or/repository`.
 `python -m trl_tinylora export this/folder/or/repository lora` makes a plain LoRA of it, which loads without this \
 package."""
 

@@ -27,6 +27,9 @@ from .values import Vectors
 class TinyLoraLayer(BaseTunerLayer):
     """What PEFT finds by type when it switches, deletes or merges adapters: the bank and the adapted layers."""
 
+    # Set by `peft.helpers.disable_input_dtype_casting`, and of no effect: inputs are never cast, factors are.
+    cast_input_dtype_enabled = True
+
 
 class TinyLoraBank(nn.Module, TinyLoraLayer):
     """
@@ -95,6 +98,16 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
             vectors.set_trained(name in names and not inference_mode)
         self._active_adapter = names
 
+    def enable_adapters(self, enabled: bool) -> None:
+        """Turns adapters on or off; one that is frozen is frozen afterwards."""
+        # PEFT's own makes the active adapters trained.
+        if not enabled:
+            super().enable_adapters(False)
+            return
+        for vectors in self.trl_tinylora_v.values():
+            vectors.set_trained(vectors.is_trained)
+        self._disable_adapters = False
+
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Sets whether adapters are trained."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
@@ -159,11 +172,11 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
         Raises:
             RuntimeError: If the block gets no hidden states, or runs as a replica of `torch.nn.DataParallel`.
         """
-        if self.disable_adapters or self.merged_adapters or self.mixed_batch is not None:
+        if self.disable_adapters or self.mixed_batch is not None:
             return args, kwargs
         refuse_data_parallel(module)
         for name in self.active_adapters:
-            vectors = self.vectors(name)
+            vectors = None if name in self.merged_adapters else self.vectors(name)
             if vectors is not None and vectors.plan.first_block == block:
                 if is_fsdp(module):
                     # FSDP2 keeps a gathered and a sharded tensor for the values, of which PEFT told one.
@@ -207,10 +220,12 @@ def _replace_hidden(module: nn.Module, args: tuple, kwargs: dict, vectors: Vecto
     for position, value in enumerate(args):
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             return (*args[:position], vectors.begin_pass(value), *args[position + 1 :]), kwargs
-    for key in ("hidden_states", "inputs_embeds", "x", "input"):
-        if isinstance(kwargs.get(key), torch.Tensor):
-            return args, {**kwargs, key: vectors.begin_pass(kwargs[key])}
+    floating = [key for key, value in kwargs.items() if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    usual = [key for key in ("hidden_states", "inputs_embeds", "x", "input") if key in floating]
+    for key in usual[:1] or (floating if len(floating) == 1 else []):
+        return args, {**kwargs, key: vectors.begin_pass(kwargs[key])}
     raise RuntimeError(
         f"{type(module).__name__} was called without hidden states as its first argument or as `hidden_states`; "
-        f"got {len(args)} positional arguments and {sorted(kwargs)}. TinyLoRA cannot be placed before this block."
+        f"got {len(args)} positional arguments and {sorted(kwargs)}, of which {floating} are floating-point tensors, "
+        "where one was expected. TinyLoRA cannot be placed before this block."
     )

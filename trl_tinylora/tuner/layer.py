@@ -111,7 +111,7 @@ class Linear(nn.Module, TinyLoraLayer):
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if self.disable_adapters or self.merged:
+        if self.disable_adapters:
             return self.base_layer(x, *args, **kwargs)
         updates = self._updates(x)
         result = self.base_layer(x, *args, **kwargs)
@@ -130,7 +130,8 @@ class Linear(nn.Module, TinyLoraLayer):
                 left_OR, right_RI = self._factors_like(plan, x)
                 updates.append((mixed_of_rows(x, right_RI, mixing_BRR), left_OR))
             return updates
-        for vectors, index in filter(None, map(self.place, self.active_adapters)):
+        unmerged = [name for name in self.active_adapters if name not in self.merged_adapters]
+        for vectors, index in filter(None, map(self.place, unmerged)):
             left_OR, right_RI = self._factors_like(vectors.plan, x)
             mixing_RR, add_gradient = vectors.mixing_of_pass(index), vectors.gradient_hook(index)
             updates.append((MixedHidden.apply(x, right_RI, mixing_RR, add_gradient), left_OR))

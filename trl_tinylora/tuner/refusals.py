@@ -78,7 +78,8 @@ def refuse_unfit(
         except ValueError as error:
             raise ValueError(
                 f"this is not the base model of the adapter {adapter_name!r}: {error}. Load it on "
-                f"{config.base_model_name_or_path or 'its own base'} as it was then, unquantised. To load it on "
+                f"{config.base_model_name_or_path or 'its own base'} as it was then, unquantised; where "
+                "another adapter had been merged into it, save the merged model and name that. To load it on "
                 "this model all the same, pass `config=config` with `config.base_fingerprint = None`, from "
                 "`config = PeftConfig.from_pretrained(...)`."
             ) from error

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..config import TinyLoraConfig
 from ..distributed import gathered, is_sharded, whole
-from ..maths.decomposition import mix, unmix
+from ..maths.decomposition import frozen_stream, mix, unmix
 from ..storage.checkpoint import VALUES
 from .gradient import GradientBuffer, GradientSink, without_autocast
 from .plan import Plan
@@ -32,9 +32,12 @@ class Vectors(nn.Module):
         self.config = config
         # TRL casts every trainable parameter of a quantised model to bfloat16, where small updates stall, unless its
         # name holds this token (trl v1.16.0, trl/trainer/grpo_trainer.py:536-541).
-        self.lora_magnitude_vector = nn.Parameter(
-            torch.zeros(plan.shape, dtype=torch.float32, device=device), requires_grad=False
-        )
+        initial_GK = torch.zeros(plan.shape, dtype=torch.float32, device=device)
+        if config.init_weights is not True:
+            bound, stream = config.init_v_bound, frozen_stream(f"init:{config.projection_seed}")
+            # From a stream of its own, so that it is the same in all processes.
+            initial_GK = torch.from_numpy(stream.uniform(-bound, bound, plan.shape)).to(initial_GK)
+        self.lora_magnitude_vector = nn.Parameter(initial_GK, requires_grad=False)
         self.is_trained = False
         self.buffer = GradientBuffer()
         # Every module's R as of the last pass, and the state of the values that it was computed from.
