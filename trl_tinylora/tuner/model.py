@@ -36,7 +36,7 @@ from .refusals import (
     trains_more_than_values,
     warn_of_zeros,
 )
-from .targets import resolve_target_modules
+from .targets import is_all_linear, resolve_target_modules
 from .values import Vectors
 
 
@@ -98,6 +98,9 @@ class TinyLoraModel(BaseTuner):
             return
         plan, factors = self._new_plan(model, bank, adapter_name)
         as_asked_for = Plan.targets_of(config)
+        if is_all_linear(config.target_modules):
+            # PEFT's own list has modules in it that are left out here.
+            config.target_modules = set(plan.index)
         self._injection = Vectors(plan, _device(plan, low_cpu_mem_usage), config), factors
         tree = ModuleTree(model)
         try:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Union
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
@@ -64,7 +67,8 @@ def resolve_target_modules(model: nn.Module, config: TinyLoraConfig) -> list[str
         `list[str]`
 
     Raises:
-        ValueError: If nothing matches, a match is not a linear layer, or `r` exceeds a module's dimensions.
+        ValueError: If nothing matches, a match is not a linear layer, or `r` exceeds a module's dimensions. Under
+            "all-linear" such modules are left out, with a warning that names them, as is one of fused experts.
         NotImplementedError: If the model is split by tensor parallelism.
     """
     refuse_tensor_parallel(model)
@@ -80,6 +84,8 @@ def resolve_target_modules(model: nn.Module, config: TinyLoraConfig) -> list[str
         for name, _ in model.named_modules()
         if name and not name.startswith(inside_adapters) and check_target_module_exists(config, name)
     ]
+    if is_all_linear(asked_for):
+        names = _without_left_out(model, names, config.r)
     if not names:
         linear = [name for name, module in model.named_modules() if isinstance(unwrap(module), KNOWN_LAYERS)]
         raise ValueError(
@@ -113,6 +119,35 @@ def resolve_target_modules(model: nn.Module, config: TinyLoraConfig) -> list[str
                 f"r={config.r} exceeds the rank {min(shape)} that {name} of shape {shape} can have. "
                 f"Lower `r` to {min(shape)} or put the module into `exclude_modules`."
             )
+    return names
+
+
+def is_all_linear(target_modules: Union[str, Collection[str]]) -> bool:
+    """Returns whether every linear layer is asked for, by PEFT's own word for it."""
+    return isinstance(target_modules, str) and target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+
+
+def _without_left_out(model: nn.Module, names: list[str], rank: int) -> list[str]:
+    """The names without modules that cannot have the rank; warns of those and of experts that are no linear layers."""
+    thin = [name for name in names if min(full_shape(unwrap(model.get_submodule(name)).weight)) < rank]
+    if thin and len(thin) < len(names):
+        warnings.warn(
+            f"{len(thin)} linear layers have fewer than r={rank} inputs or outputs and are left out: "
+            f"{', '.join(thin[:5])}{', ...' if len(thin) > 5 else ''}. Named in `target_modules` they are an error.",
+            stacklevel=2,
+        )
+        names = [name for name in names if name not in set(thin)]
+    sizes = {name: math.prod(full_shape(parameter)) for name, parameter in model.named_parameters()}
+    experts = [
+        name for name in sizes if "experts" in name.split(".") and len(full_shape(model.get_parameter(name))) == 3
+    ]
+    if experts:
+        share = sum(sizes[name] for name in experts) / sum(sizes.values())
+        warnings.warn(
+            f'target_modules="all-linear" leaves out {share:.0%} of the parameters: the fused experts '
+            f"{', '.join(experts[:2])}{', ...' if len(experts) > 2 else ''}, which TinyLoRA does not adapt.",
+            stacklevel=2,
+        )
     return names
 
 

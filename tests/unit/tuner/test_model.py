@@ -797,7 +797,11 @@ def with_bad_weight(model, value):
 
 def cannot_adapt_cases():
     return {
-        "rank too large": ({"r": 17}, ValueError, r"r=17 exceeds the rank 16 that model\.layers\.0\.self_attn\.k_proj"),
+        "rank too large": (
+            {"r": 17, "target_modules": ["k_proj"]},
+            ValueError,
+            r"r=17 exceeds the rank 16 that model\.layers\.0\.self_attn\.k_proj",
+        ),
         "no match": (
             {"target_modules": ["nope"]},
             ValueError,

@@ -1,0 +1,65 @@
+"""What "all-linear" adapts, and what it leaves out and says so. CPU, seconds."""
+
+import warnings
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Qwen3MoeConfig
+
+from trl_tinylora import TinyLoraConfig
+
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "decoder_sparse_step": 1,
+    "initializer_range": 0.2,
+}
+
+
+def mixture(config):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config(**SIZES)).eval()
+
+
+@pytest.mark.parametrize("config", [Qwen2MoeConfig, Qwen3MoeConfig])
+def test_fused_experts_are_left_out_with_their_share_of_the_parameters(config):
+    model = mixture(config)
+    experts = sum(p.numel() for name, p in model.named_parameters() if "experts" in name.split("."))
+    share = f"{experts / sum(p.numel() for p in model.parameters()):.0%}"
+    with pytest.warns(UserWarning, match=f"leaves out {share} of the parameters: the fused experts model.layers.0.mlp"):
+        get_peft_model(model, TinyLoraConfig())
+
+
+@pytest.mark.filterwarnings("ignore:target_modules")
+def test_a_gate_of_one_output_is_left_out_by_all_linear_and_refused_by_name(token_ids, tmp_path):
+    with pytest.warns(UserWarning, match=r"2 linear layers have fewer than r=2.*layers.0.mlp.shared_expert_gate"):
+        model = get_peft_model(mixture(Qwen2MoeConfig), TinyLoraConfig(init_weights=False, init_v_bound=0.3))
+    assert not any("shared_expert_gate" in name for name in model.base_model.bank.plans[0].index)
+    with torch.no_grad():
+        expected = model(token_ids).logits
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        # What was saved are the names.
+        warnings.simplefilter("error", UserWarning)
+        loaded = PeftModel.from_pretrained(mixture(Qwen2MoeConfig), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(token_ids).logits, expected)
+    with pytest.raises(ValueError, match=r"r=2 exceeds the rank 1 that model.layers.0.mlp.shared_expert_gate"):
+        get_peft_model(mixture(Qwen2MoeConfig), TinyLoraConfig(target_modules=["q_proj", "shared_expert_gate"]))
+
+
+def test_a_model_without_experts_leaves_nothing_out(tiny_qwen2):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = get_peft_model(tiny_qwen2(), TinyLoraConfig())
+    assert len(model.base_model.bank.plans[0].index) == 14
