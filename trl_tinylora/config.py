@@ -178,7 +178,16 @@ class TinyLoraConfig(PeftConfig):
             ValueError: If they are not, or not finite.
         """
         refuse_altered(own_tensors(tensors), *self._expected, place)
+        self.forget_expected()
+
+    def forget_expected(self) -> None:
+        """Lets any values be loaded from now on."""
         self._expected = None, None
+
+    @property
+    def lacks_values(self) -> bool:
+        """Whether values were saved with this configuration, and none were loaded into its frozen adapter."""
+        return self._expected[0] is not None and self.inference_mode
 
     def warn_if_redundant(self, modules_per_group: int) -> None:
         """Warns where a group, of this many modules, has more trained values than directions to move in."""

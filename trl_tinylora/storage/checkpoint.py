@@ -24,6 +24,8 @@ VALUES = "tinylora_bank.trl_tinylora_v.lora_magnitude_vector"
 FORMER_FACTORS, FORMER_RIGHT = "trl_tinylora_factors.", ".right"
 # What an adapter's function depends on beside its values, its modules and their singular vectors.
 SETTINGS = ("r", "u", "n_tie", "tying", "projection", "projection_seed")
+# What is trained and saved beside them.
+BESIDE = ("modules_to_save", "trainable_token_indices")
 # Of a folder. Format 1, which says no number, has a digest of the tensors in its file alone; 2 one of the settings, the
 # modules' names and what fixes their singular vectors as well.
 FORMAT = 2
@@ -41,7 +43,7 @@ class SavedAdapter(NamedTuple):
         base_fingerprint (`dict` or `None`): What identifies the base model, see `fingerprint.py`.
         singular_bases (`dict[str, str]`): Of modules whose singular vectors another machine or dtype could rotate, what
             fixes the rotation, see `maths/basis.py`.
-        settings (`dict`): The fields in [`SETTINGS`].
+        settings (`dict`): The fields in [`SETTINGS`] and [`BESIDE`].
         folder (`str` or `None`): Where it was read; `None` where it is about to be written.
     """
 
@@ -69,6 +71,12 @@ def settings_of(config: object) -> dict:
     return {name: getattr(config, name) for name in SETTINGS}
 
 
+def beside_of(config: object) -> dict:
+    """Returns the fields of a configuration that are in [`BESIDE`], as JSON holds them."""
+    values = {name: getattr(config, name) for name in BESIDE}
+    return {name: sorted(value) if isinstance(value, (set, tuple)) else value for name, value in values.items()}
+
+
 def function_of(fields: Mapping) -> Optional[dict]:
     """Returns what an adapter's function depends on beside its values, of the fields of its configuration.
 
@@ -81,7 +89,7 @@ def function_of(fields: Mapping) -> Optional[dict]:
     if fields.get("checkpoint_format") is None:
         return None
     names = (fields.get("base_fingerprint") or {}).get("names")
-    return {name: fields.get(name) for name in (*SETTINGS, "singular_bases")} | {"names": names}
+    return {name: fields.get(name) for name in (*SETTINGS, *BESIDE, "singular_bases")} | {"names": names}
 
 
 def digest(tensors: Mapping[str, torch.Tensor], function: Optional[Mapping] = None) -> str:
@@ -102,7 +110,7 @@ def own_tensors(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
         state_dict (`Mapping[str, torch.Tensor]`): What a checkpoint holds, by name.
 
     Raises:
-        ValueError: If the values are missing or not finite.
+        ValueError: If the values are missing, no floating-point numbers or not finite.
     """
     named = {name.removeprefix(PREFIX): tensor for name, tensor in state_dict.items()}
     if VALUES not in named:
@@ -112,6 +120,11 @@ def own_tensors(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
         )
     own = {name: tensor for name, tensor in named.items() if name.startswith((VALUES, FORMER_FACTORS))}
     for name, tensor in own.items():
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"the checkpoint's {name} has dtype {tensor.dtype}, where floating-point numbers were saved. The file "
+                "was altered: copy it again, or take an earlier checkpoint."
+            )
         if not torch.isfinite(tensor).all():
             raise ValueError(
                 f"{int((~torch.isfinite(tensor)).sum())} of the checkpoint's {tensor.numel()} values are not finite "

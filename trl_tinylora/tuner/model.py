@@ -10,6 +10,7 @@ from typing import Optional
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 
 from ..config import TinyLoraConfig
@@ -18,6 +19,7 @@ from ..storage.checkpoint import (
     PREFIX,
     VALUES,
     SavedAdapter,
+    beside_of,
     own_tensors,
     refuse_unfit_shape,
 )
@@ -308,15 +310,26 @@ class TinyLoraModel(BaseTuner):
         if saved_GK is not None:
             own_tensors({VALUES: saved_GK})
         plan = vectors.plan
-        config._saved = SavedAdapter(saved_GK, fingerprint(plan.probes), plan.singular_bases, plan.settings)
+        settings = plan.settings | beside_of(config)
+        config._saved = SavedAdapter(saved_GK, fingerprint(plan.probes), plan.singular_bases, settings)
         return found
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         own = own_tensors(state_dict)
         refuse_unfit_shape(own[VALUES].shape, _bank_of(model).vectors(adapter_name).plan.shape)
-        config.verify_values(own, "the checkpoint")
+        if config.inference_mode:
+            config.verify_values(own, "the checkpoint")
+        # A trainer loads checkpoints of its own into an adapter whose configuration was read from another folder.
+        config.forget_expected()
         state_dict = {name: tensor for name, tensor in state_dict.items() if name.removeprefix(PREFIX) not in own}
+        # `save_pretrained(save_embedding_layers=True)` saves those.
+        others = sorted(name for name in state_dict if not set(EMBEDDING_LAYER_NAMES) & set(name.split(".")))
+        if others and not trains_more_than_values(config):
+            raise ValueError(
+                f"the checkpoint holds {', '.join(others[:3])} beside the values, which no field of the adapter's "
+                "configuration names: file and configuration are of different adapters. Copy the folder again."
+            )
         state_dict[PREFIX + VALUES] = own[VALUES].float()
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 

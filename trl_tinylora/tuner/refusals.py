@@ -10,7 +10,7 @@ from torch import nn
 
 from ..config import TinyLoraConfig
 from ..distributed import is_sharded
-from ..storage.checkpoint import refuse_unfit_shape
+from ..storage.checkpoint import refuse_unfit_shape, settings_of
 from ..storage.fingerprint import Probe, refuse_another_base
 from .bank import TinyLoraBank
 
@@ -88,7 +88,9 @@ def refuse_unfit(
                 f"the adapter {adapter_name!r} was saved by an earlier version, with factors that this loader does "
                 "not read. Load it with `peft.PeftModel.from_pretrained`, and save it again."
             )
-    if config._saved is not None and config._saved.folder is not None:
+    is_read = config._saved is not None and config._saved.folder is not None
+    # With other settings than those that were read it is a new adapter.
+    if is_read and config._saved.settings == settings_of(config):
         refuse_unfit_shape(config._saved.values_GK.shape, shape)
 
 

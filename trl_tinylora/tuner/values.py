@@ -120,6 +120,11 @@ class Vectors(nn.Module):
         return unmix(grad_MRR, groups_M, projections_MKRR, self.plan.shape[0]).to(self.values_GK.dtype)
 
     def _mix(self, values_GK: torch.Tensor, modules: slice) -> torch.Tensor:
+        if self.config.lacks_values:
+            raise ValueError(
+                "the configuration is that of a saved adapter, and its values were not loaded: the file lacks them, or "
+                "nobody loaded it. Copy the folder again; for a new adapter make a new `TinyLoraConfig`."
+            )
         dtype = torch.promote_types(values_GK.dtype, torch.float32)
         groups_M, projections_MKRR = self.plan.frozen(values_GK.device, dtype)
         return mix(values_GK.to(dtype), groups_M[modules], projections_MKRR[modules])

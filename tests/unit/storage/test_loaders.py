@@ -126,6 +126,74 @@ def test_what_was_altered_is_refused_by_every_loader(saved, base, damage, loader
         LOADERS[loader](saved, base)
 
 
+@pytest.mark.bad_input("an adapter's folder, altered")
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: {},
+        lambda tensors: {name.replace("magnitude", "magnitudes"): tensor for name, tensor in tensors.items()},
+        lambda tensors: {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 32)},
+        lambda tensors: {name: tensor.int() for name, tensor in tensors.items()},
+    ],
+    ids=["empty", "renamed", "a LoRA's", "integers"],
+)
+def test_values_that_are_not_there_are_refused_at_the_first_pass_at_the_latest(saved, base, token_ids, loader, change):
+    save_file(change(load_file(saved / WEIGHTS)), saved / WEIGHTS, {"format": "pt"})
+    with pytest.raises(ValueError, match="no TinyLoRA checkpoint|values were not loaded|has dtype|not what was saved"):
+        logits_of(LOADERS[loader](saved, base), token_ids)
+
+
+@pytest.mark.bad_input("an adapter's folder, altered")
+def test_a_tensor_of_the_base_in_the_file_is_refused(saved, base):
+    tensors = {**load_file(saved / WEIGHTS), "base_model.model.model.norm.weight": torch.ones(32)}
+    save_file(tensors, saved / WEIGHTS, {"format": "pt"})
+    with pytest.raises(ValueError, match="norm.weight beside the values.*of different adapters"):
+        LOADERS["PeftModel"](saved, base)
+
+
+def test_embeddings_that_were_saved_beside_the_values_are_loaded(base, tmp_path):
+    model = adapted(AutoModelForCausalLM.from_pretrained(base))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0] = 1.0
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    loaded = LOADERS["PeftModel"](tmp_path, base)
+    assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight)
+
+
+@pytest.mark.bad_input("an adapter's folder, altered")
+@pytest.mark.parametrize("fields", [{"trainable_token_indices": [3, 6]}, {"trainable_token_indices": None}])
+def test_other_tokens_than_those_that_were_trained_are_refused(base, tmp_path, fields):
+    config = {"trainable_token_indices": [3, 5], "target_modules": ["q_proj"]}
+    adapted(AutoModelForCausalLM.from_pretrained(base), **config).save_pretrained(tmp_path)
+    LOADERS["PeftModel"](tmp_path, base)
+    edit(**fields)(tmp_path)
+    with pytest.raises(ValueError, match="not what was saved"):
+        LOADERS["PeftModel"](tmp_path, base)
+
+
+@pytest.mark.parametrize("read", [PeftConfig.from_pretrained, TinyLoraConfig.from_pretrained])
+def test_a_configuration_read_from_a_folder_serves_for_a_new_adapter(saved, base, token_ids, tmp_path, read):
+    def new(**changes):
+        config = read(saved)
+        config.inference_mode = False
+        for name, value in changes.items():
+            setattr(config, name, value)
+        return get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+
+    model = new()
+    model(input_ids=token_ids, labels=token_ids).loss.backward()
+    with torch.no_grad():
+        model.base_model.bank.vectors("default").values_GK.fill_(0.2)
+    model.save_pretrained(tmp_path / "checkpoint")
+    # As a trainer resumes, or loads the best of its checkpoints at the end.
+    resumed = new()
+    resumed.load_adapter(tmp_path / "checkpoint", "default", is_trainable=True)
+    model.load_adapter(tmp_path / "checkpoint", "default", is_trainable=True)
+    assert torch.equal(logits_of(resumed, token_ids), logits_of(model, token_ids))
+    new(u=2, tying="structured")
+
+
 @pytest.mark.parametrize("loader", LOADERS)
 def test_what_was_saved_is_loaded_by_every_loader(saved, base, token_ids, loader):
     expected = logits_of(LOADERS["PeftModel"](saved, base), token_ids)
