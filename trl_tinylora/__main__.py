@@ -182,17 +182,15 @@ def _config_line(config: TinyLoraConfig, asked_for: dict) -> str:
 
 def _inspect(options: argparse.Namespace) -> None:
     folder, fields = _read_adapter(options.adapter)
-    from .config import TinyLoraConfig
-    from .storage.checkpoint import VALUES, read_tensors
+    from .storage.checkpoint import VALUES, function_of, own_tensors, read_tensors, refuse_altered
 
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         raise ValueError(f"{folder} has no {WEIGHTS_FILE}.")
     is_own = fields.get("peft_type") == OWN_TYPE
-    if is_own:
-        # Says which of the two files is damaged.
-        TinyLoraConfig.from_pretrained(str(folder))
     tensors = read_tensors(path)
+    if is_own:
+        refuse_altered(own_tensors(tensors), fields.get("checkpoint_digest"), function_of(fields), str(path))
     n_bytes = sum(tensor.nbytes for tensor in tensors.values())
     print(f"type: {fields.get('peft_type')}")
     print(f"base model: {fields.get('base_model_name_or_path')}")
@@ -220,6 +218,7 @@ def _export(options: argparse.Namespace) -> None:
         raise ValueError(f"{folder / ADAPTER_FILE} names no base model. Name it with `--base`.")
     _refuse_to_write_over(options.out, base)
     refuse_unfit_base(base)
+    _register_quietly()
     import torch
     from peft import PeftType
     from transformers import AutoConfig
@@ -244,6 +243,7 @@ def _verify(options: argparse.Namespace) -> None:
     refuse_unfit_adapter(options.adapter)
     refuse_unfit_base(options.model)
     folder, fields = _read_adapter(options.adapter)
+    _register_quietly()
     from .tuner.layer import Linear
 
     model = _load(folder, fields, options.model)
@@ -284,14 +284,17 @@ def _load(folder: Path, fields: dict, base: str) -> PeftModel:
 def _read_adapter(name: str) -> tuple[Path, dict]:
     """The folder of an adapter, downloaded where it is on the Hub, and the fields of its configuration."""
     refuse_unfit_adapter(name)
-    _register_quietly()
-    from huggingface_hub import snapshot_download
+    from .storage.checkpoint import read_fields
 
-    from .convert.lora import read_config
+    folder = Path(name if os.path.isdir(name) else _download(name))
+    return folder, read_fields(folder / ADAPTER_FILE)
 
-    is_folder = os.path.isdir(name)
-    folder = Path(name if is_folder else snapshot_download(name, allow_patterns=[ADAPTER_FILE, WEIGHTS_FILE]))
-    return folder, read_config(folder)
+
+def _download(name: str) -> str:
+    import huggingface_hub
+
+    huggingface_hub.utils.disable_progress_bars()
+    return huggingface_hub.snapshot_download(name, allow_patterns=[ADAPTER_FILE, WEIGHTS_FILE])
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from .storage.checkpoint import (
     former_bases,
     function_of,
     own_tensors,
+    read_fields,
     read_folder,
     refuse_altered,
     refuse_pickle,
@@ -328,13 +329,6 @@ class TinyLoraConfig(PeftConfig):
         Raises:
             ValueError: If the file is no complete JSON.
         """
-        try:
-            fields = super().from_json_file(path_json_file, **kwargs)
-        except ValueError as error:
-            # Not JSON, or not even UTF-8.
-            raise ValueError(
-                f"{path_json_file} is no complete JSON file ({error}). It was truncated or altered: copy it again."
-            ) from error
-        if not isinstance(fields, dict):
-            raise ValueError(f"{path_json_file} must hold an object with the fields of an adapter, got {fields!r:.80}.")
-        return fields
+        # PEFT's own reads it again, and changes what it has to.
+        read_fields(path_json_file)
+        return super().from_json_file(path_json_file, **kwargs)

@@ -411,3 +411,13 @@ def test_a_command_that_needs_them_imports_them_and_ends_in_one_line(adapter, tm
 
     assert status == 1 and len(printed) == 1 and printed[0].startswith(f"error: {tmp_path / 'cut'}")
     assert "no complete JSON" in printed[0] and imported & HEAVY
+
+
+def test_inspect_imports_neither_peft_nor_transformers(adapter, base_folder, tmp_path):
+    status, printed, imported = modules_imported_by("inspect", adapter)
+    assert status == 0 and printed == [] and not imported & {"peft", "transformers", "huggingface_hub"}
+    # Negative control.
+    _, _, imported = modules_imported_by("verify", adapter, tmp_path / "nothing")
+    assert not imported & HEAVY
+    status, _, imported = modules_imported_by("plan", base_folder)
+    assert status == 0 and imported >= {"peft", "transformers"}

@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config import TinyLoraConfig
 from ..storage.atomic_write import written_whole
-from ..storage.checkpoint import PREFIX
+from ..storage.checkpoint import PREFIX, read_fields
 from ..tuner.layer import Linear
 from ..tuner.model import TinyLoraModel
 from ..tuner.targets import unwrap
@@ -99,7 +99,7 @@ def read_config(folder: Path) -> dict:
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise ValueError(f"{folder} has no {CONFIG_NAME}: it is no adapter folder. Name the folder that was saved.")
-    return TinyLoraConfig.from_json_file(str(path))
+    return read_fields(path)
 
 
 def refuse_what_is_no_lora(config: PeftConfig) -> None:

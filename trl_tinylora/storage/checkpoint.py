@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Optional
 
 import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..maths.basis import encode
 
 
+# As PEFT names them, whose import takes seconds.
+CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 # PEFT puts it before every key of a file, whatever wrapped the model.
 PREFIX = "base_model.model."
 # The parameter's name without the adapter's, which is what transformers looks for.
@@ -152,6 +153,21 @@ def refuse_unfit_shape(stored: Sequence[int], shape: Sequence[int]) -> None:
         )
 
 
+def read_fields(path: str | os.PathLike) -> dict:
+    """Returns what an adapter_config.json holds; `ValueError` where it is no complete JSON, or no object."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            fields = json.load(file)
+    except ValueError as error:
+        # Not JSON, or not even UTF-8.
+        raise ValueError(
+            f"{path} is no complete JSON file ({error}). It was truncated or altered: copy it again."
+        ) from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} must hold an object with the fields of an adapter, got {fields!r:.80}.")
+    return fields
+
+
 def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """Returns the tensors of a safetensors file, by name; `ValueError` where it is truncated or altered."""
     try:
@@ -201,9 +217,9 @@ def read_folder(folder: str | os.PathLike) -> dict[str, torch.Tensor] | None:
     Raises:
         ValueError: If the file is truncated, altered, foreign or a pickle.
     """
-    path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+    path = os.path.join(folder, WEIGHTS_FILE)
     if not os.path.isfile(path):
-        pickle = os.path.join(folder, WEIGHTS_NAME)
+        pickle = os.path.join(folder, PICKLE_FILE)
         if os.path.isfile(pickle):
             raise ValueError(
                 f"{pickle} is a pickle, which can run code when it is read. Save the adapter again with "
@@ -216,7 +232,7 @@ def read_folder(folder: str | os.PathLike) -> dict[str, torch.Tensor] | None:
 def refuse_pickle(folder: str | os.PathLike) -> None:
     """Raises `ValueError` where an adapter was just written as a pickle, which no loader here reads; it is removed."""
     # PEFT says nothing of `safe_serialization` before it has written the file.
-    pickle, path = (os.path.join(folder, name) for name in (WEIGHTS_NAME, SAFETENSORS_WEIGHTS_NAME))
+    pickle, path = (os.path.join(folder, name) for name in (PICKLE_FILE, WEIGHTS_FILE))
     if not os.path.isfile(pickle) or (os.path.isfile(path) and os.path.getmtime(path) >= os.path.getmtime(pickle)):
         return
     os.remove(pickle)
