@@ -45,6 +45,8 @@ bench: $(INSTALLED)
 	for name in $(BENCHMARKS); do \
 		OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python recipes/benchmark.py $$name || exit 1; \
 	done
+	OMP_NUM_THREADS=1 $(BIN)/python recipes/benchmark.py step --dtypes bfloat16 --hidden 256 --intermediate 1024 \
+		--key_values 64 --repeats 9 --output recipes/benchmarks/results/step_bfloat16.json
 	$(BIN)/python recipes/benchmark.py harness --update_docs docs/benchmarks.md --update_readme README.md
 
 results: $(INSTALLED)
