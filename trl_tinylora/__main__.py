@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Optional
 
 from safetensors import SafetensorError
 
-from .sources import ADAPTER_FILE, refuse_unfit_adapter, refuse_unfit_base
+from .sources import ADAPTER_FILE, WEIGHTS_FILE, refuse_unfit_adapter, refuse_unfit_base
 
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 
 OWN_TYPE = "TRL_TINYLORA"
-WEIGHTS_FILE = "adapter_model.safetensors"
 DTYPE_NAMES = ("float32", "float16", "bfloat16")
 # Tensors of more values are not listed.
 MOST_VALUES = 64

@@ -6,7 +6,8 @@ import os
 from typing import Optional
 
 
-MODEL_FILE, ADAPTER_FILE = "config.json", "adapter_config.json"
+# As transformers and PEFT name them, whose import takes seconds.
+MODEL_FILE, ADAPTER_FILE, WEIGHTS_FILE = "config.json", "adapter_config.json", "adapter_model.safetensors"
 
 
 def refuse_unfit_base(name: str, revision: Optional[str] = None) -> None:

@@ -13,10 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..maths.basis import encode
+from ..sources import WEIGHTS_FILE
 
 
-# As PEFT names them, whose import takes seconds.
-CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+# PEFT's name of a file that no loader here reads.
+PICKLE_FILE = "adapter_model.bin"
 # PEFT puts it before every key of a file, whatever wrapped the model.
 PREFIX = "base_model.model."
 # The parameter's name without the adapter's, which is what transformers looks for.
