@@ -129,13 +129,19 @@ def peak_bytes(action: Callable[[], object]) -> int:
     return largest
 
 
-def tensor_bytes() -> int:
-    """Bytes of all tensors in the process, each storage once, buffers and plain attributes included."""
+def tensor_storages() -> dict[int, torch.UntypedStorage]:
+    """The storages of all tensors in the process by address, buffers and plain attributes included."""
     gc.collect()
     # By type: `isinstance` would wake lazy modules that the collector knows of.
     tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
     storages = [tensor.untyped_storage() for tensor in tensors if not tensor.is_meta]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    return {storage.data_ptr(): storage for storage in storages}
+
+
+def bytes_added(before: dict[int, torch.UntypedStorage]) -> int:
+    """Bytes of the tensors that are there now and are not in `before`, whatever else has ended meanwhile."""
+    # `before` holds its storages, so none of their addresses is a new tensor's.
+    return sum(storage.nbytes() for address, storage in tensor_storages().items() if address not in before)
 
 
 def random_qwen2(hidden: int, layers: int) -> Qwen2ForCausalLM:

@@ -15,7 +15,17 @@ import warnings
 
 import peft
 import torch
-from benchmarks.harness import Row, in_turns, parser_of, random_qwen2, ratio_of, run, seconds, tensor_bytes
+from benchmarks.harness import (
+    Row,
+    bytes_added,
+    in_turns,
+    parser_of,
+    random_qwen2,
+    ratio_of,
+    run,
+    seconds,
+    tensor_storages,
+)
 
 from trl_tinylora import TinyLoraConfig
 
@@ -46,7 +56,7 @@ def measure_adding(arguments: argparse.Namespace) -> dict:
             times[name].append(1e3 * seconds(lambda: model.add_adapter(f"added{index}", configs[name]())))  # noqa: B023
     measured = {}
     for name, model in models.items():
-        before = tensor_bytes()
+        before = tensor_storages()
         tracemalloc.start()
         for index in range(10):
             model.add_adapter(f"weighed{index}", configs[name]())
@@ -55,7 +65,7 @@ def measure_adding(arguments: argparse.Namespace) -> dict:
         tracemalloc.stop()
         measured[name] = {
             "trained_values": model.get_nb_trainable_parameters()[0],
-            "tensor_bytes": (tensor_bytes() - before) / 10,
+            "tensor_bytes": bytes_added(before) / 10,
             "python_bytes": python_bytes,
             "ms_first_ten": statistics.median(times[name][:10]),
             "ms_last_ten": statistics.median(times[name][-10:]),

@@ -16,7 +16,7 @@ from functools import partial
 
 import peft
 import torch
-from benchmarks.harness import Row, in_turns, parser_of, peak_bytes, ratio_of, run, tensor_bytes
+from benchmarks.harness import Row, bytes_added, in_turns, parser_of, peak_bytes, ratio_of, run, tensor_storages
 from torch import nn
 
 from trl_tinylora import TinyLoraConfig
@@ -83,9 +83,9 @@ def weight_of(model: peft.PeftModel) -> torch.Tensor:
 
 def measure_held(model: peft.PeftModel) -> int:
     """Bytes of the tensors that there are while the adapter is merged, and were not there before."""
-    before = tensor_bytes()
+    before = tensor_storages()
     model.merge_adapter()
-    held = tensor_bytes() - before
+    held = bytes_added(before)
     model.unmerge_adapter()
     return held
 
