@@ -1,10 +1,11 @@
-.PHONY: help bad-inputs bench compare compare-full test test-distributed results quality style clean
+.PHONY: help bad-inputs bench compare compare-full test test-distributed test-vllm results quality style clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+VLLM := .venv-vllm
 CODE := trl_tinylora recipes tests docs
 BENCHMARKS := build step merge fidelity many_adapters imports saved
 # ruff reads no setup.cfg, so its options stand here.
@@ -16,6 +17,7 @@ help:
 	@echo "make compare-full  every arm, size and control, 3 seeds; within an hour on two cores"
 	@echo "make test          the tests, on CPU, without network"
 	@echo "make test-distributed  every launcher, tying, checkpointing and accumulation; about half an hour"
+	@echo "make test-vllm     with the real vLLM on a CPU, in an environment of its own"
 	@echo "make bench         every row of docs/benchmarks.md; on a quiet machine"
 	@echo "make results       tables, figures and the tree of files in README and docs, from the committed JSON"
 	@echo "make bad-inputs    counts the bad inputs that the tests try, by kind"
@@ -24,6 +26,13 @@ help:
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# Without their dependencies: vLLM's metadata asks for image and audio packages that text models never import.
+$(VLLM)/.installed: setup.cfg pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement constraints-vllm.txt
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
 compare: $(INSTALLED)
@@ -37,6 +46,9 @@ test: $(INSTALLED)
 
 test-distributed: $(INSTALLED)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -v -m slow tests/distributed
+
+test-vllm: $(VLLM)/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest tests/with_vllm tests/unit/vllm
 
 bad-inputs: $(INSTALLED)
 	$(BIN)/python docs/bad_inputs.py

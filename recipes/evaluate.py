@@ -21,7 +21,7 @@ import transformers
 import trl
 from evaluation.arguments import EvaluationArguments, GenerationArguments
 from evaluation.completions import KINDS
-from evaluation.generation import Generator, TransformersGenerator, VllmGenerator, load_model, refuse_missing_vllm
+from evaluation.generation import Generator, TransformersGenerator, VllmGenerator, load_model
 from evaluation.metrics import GRADINGS, regrade, summarize, write_metrics
 from evaluation.run import complete
 from training.launch import run
@@ -29,6 +29,7 @@ from training.launch import run
 import trl_tinylora  # noqa: F401 - PEFT loads a TinyLoRA adapter only once the package has registered it
 from trl_tinylora.sources import refuse_unfit_adapter, refuse_unfit_base
 from trl_tinylora.tasks import get_task
+from trl_tinylora.vllm.rollout import refuse_missing_vllm
 
 
 ARGUMENTS = (trl.ModelConfig, EvaluationArguments)

@@ -3,8 +3,8 @@
     python recipes/grpo.py --config recipes/toy/grpo.yaml --output_dir results/grpo-13
     accelerate launch --config_file recipes/accelerate/single.yaml recipes/grpo.py --config recipes/toy/grpo.yaml
 
-Differs from `sft.py` in the trainer, its arguments, the reward, the columns of the rows and what is logged of vLLM's
-weights; every other line is equal.
+Differs from `sft.py` in the trainer, its arguments, the reward, the columns of the rows, what vLLM samples from and what
+is logged of its weights; every other line is equal.
 """
 
 import trl
@@ -44,6 +44,7 @@ def main(
     """
     resume_from_checkpoint = prepare(script_args, training_args, model_args, adapter_args)
     peft_config = build_peft_config(adapter_args, model_args)
+    rollout = script_args.rollout_function(training_args, adapter_args)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -68,12 +69,15 @@ def main(
         eval_dataset=task.for_rl(eval_rows, script_args.system_prompt) if eval_rows is not None else None,
         quantization_config=trl.get_quantization_config(model_args),
         peft_config=peft_config,
+        rollout_func=rollout,
         callbacks=callbacks_for(adapter_args, training_args, f"{len(train_rows)} rows of {script_args.dataset_name}"),
     )
     if training_args.use_vllm and isinstance(peft_config, TinyLoraConfig):
         trainer.add_callback(SamplingFidelityCallback(trainer))
     refuse_another_adapter(trainer.model, resume_from_checkpoint)
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    if rollout is not None:
+        rollout.close()
     trainer.save_model(training_args.output_dir)
     if peft_config is not None and trainer.accelerator.is_main_process:
         put_section(training_args.output_dir, "training", describe_training(trainer, script_args.dataset_name))

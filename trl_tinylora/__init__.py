@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from .registration import register
     from .tuner.model import TinyLoraModel
     from .vllm.fidelity import SamplingFidelityCallback, sampling_fidelity
+    from .vllm.rollout import AdapterRollout
 
 
 __all__ = [
+    "AdapterRollout",
     "SamplingFidelityCallback",
     "TinyLoraConfig",
     "TinyLoraModel",
@@ -32,6 +34,7 @@ __all__ = [
 
 # Imported where they are asked for: the base class of callbacks takes half as long as everything else here.
 _MODULES = {
+    "AdapterRollout": "vllm.rollout",
     "SamplingFidelityCallback": "vllm.fidelity",
     "TinyLoraConfig": "config",
     "TinyLoraModel": "tuner.model",

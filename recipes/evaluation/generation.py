@@ -1,7 +1,6 @@
 """How completions are generated: by transformers, or by vLLM where it is installed."""
 
 import hashlib
-import importlib.util
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -17,10 +16,9 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from evaluation.arguments import GenerationArguments
 from trl_tinylora import TinyLoraPeftType, export_lora
 from trl_tinylora.convert.lora import refuse_what_is_no_lora
+from trl_tinylora.vllm.rollout import max_lora_rank
 
 
-# vllm/config/lora.py, `MaxLoRARanks`, from 8 on: an adapter of rank 2 needs 8.
-VLLM_MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # Beyond this, a tensor goes into a model's digest by sums of its bits.
 WHOLLY_HASHED = 1_000_000
 
@@ -161,7 +159,7 @@ class VllmGenerator(Generator):
             from vllm.lora.request import LoRARequest
 
             path, rank = lora
-            options = {"enable_lora": True, "max_lora_rank": next(limit for limit in VLLM_MAX_RANKS if limit >= rank)}
+            options = {"enable_lora": True, "max_lora_rank": max_lora_rank(rank)}
             self.lora_request = LoRARequest("adapter", 1, path)
         for path in sorted(Path(adapter_path).iterdir()) if adapter_path and Path(adapter_path).is_dir() else ():
             if path.name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
@@ -206,17 +204,6 @@ class VllmGenerator(Generator):
             [Completion(item.text, len(item.token_ids), item.finish_reason == "length") for item in output.outputs]
             for output in outputs
         ]
-
-
-def refuse_missing_vllm() -> None:
-    """
-    Raises where vLLM is not installed.
-
-    Raises:
-        ImportError: With the command to install it.
-    """
-    if importlib.util.find_spec("vllm") is None:
-        raise ImportError("--backend vllm needs vLLM: pip install 'trl[vllm]'; or take --backend transformers")
 
 
 def prepare_for_vllm(

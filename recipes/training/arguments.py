@@ -14,7 +14,7 @@ import trl
 from peft import PeftConfig
 from transformers import AutoConfig
 
-from trl_tinylora import TinyLoraConfig
+from trl_tinylora import AdapterRollout, TinyLoraConfig
 from trl_tinylora.tasks import controls, get_task
 from trl_tinylora.validation import SAVE_DTYPES
 
@@ -51,8 +51,11 @@ class RLArguments(RecipeArguments):
             `reward_weights` weighs them): `"strict"`, the right answer in the asked-for form; `"flexible"`, the right
             answer in any form; `"format"`, any answer in the asked-for form; `"random"`, a fair coin; or the dotted
             path of a reward function, as in `"my_lib.rewards.short_reward"`.
+        rollouts (`str`, *optional*, defaults to `"merged"`): What vLLM samples from, where `use_vllm` is set:
+            `"merged"`, TRL's transfer of all merged weights; or `"adapter"`, [`~trl_tinylora.AdapterRollout`] in place
+            of TRL's engine, by the server at `vllm_server_base_url` where `vllm_mode` is `"server"`.
     Raises:
-        ValueError: If a reward is neither one of these names nor a dotted path.
+        ValueError: If a reward is neither one of these names nor a dotted path, or `rollouts` is none of these.
     """
 
     reward: list[str] = field(
@@ -60,7 +63,13 @@ class RLArguments(RecipeArguments):
         metadata={"help": "What RL is rewarded for: strict, flexible, format, random or dotted paths; the sum of all."},
     )
 
+    rollouts: Literal["merged", "adapter"] = field(
+        default="merged", metadata={"help": "What vLLM gets with use_vllm: all merged weights, or the adapter alone."}
+    )
+
     def __post_init__(self):
+        if self.rollouts not in ("merged", "adapter"):
+            raise ValueError(f"rollouts must be 'merged' or 'adapter', got {self.rollouts!r}")
         self.reward = [self.reward] if isinstance(self.reward, str) else self.reward
         for name in self.reward:
             if name not in REWARDS and "." not in name:
@@ -77,6 +86,30 @@ class RLArguments(RecipeArguments):
             ValueError: If nothing can be imported by a dotted path.
         """
         return [self._reward_function(name) for name in self.reward]
+
+    def rollout_function(
+        self, training_args: trl.GRPOConfig, adapter_args: "AdapterArguments"
+    ) -> AdapterRollout | None:
+        """
+        What samples in place of TRL's engine, or `None`; TRL's `use_vllm` is then unset, which would start that.
+
+        Raises:
+            ValueError: If `rollouts` is `"adapter"` without `use_vllm`, or for another adapter than TinyLoRA.
+            ImportError: If vLLM is not installed.
+        """
+        if self.rollouts == "merged":
+            return None
+        if not training_args.use_vllm:
+            raise ValueError("rollouts='adapter' samples with vLLM, but use_vllm is false: set it, or drop rollouts")
+        if adapter_args.adapter != "tinylora":
+            raise ValueError(
+                f"rollouts='adapter' sends a TinyLoRA adapter, but adapter is {adapter_args.adapter!r}: drop rollouts"
+            )
+        training_args.use_vllm = False
+        if training_args.vllm_mode != "server":
+            return AdapterRollout()
+        host, port = training_args.vllm_server_host, training_args.vllm_server_port
+        return AdapterRollout(training_args.vllm_server_base_url or f"http://{host}:{port}")
 
     def _reward_function(self, name: str) -> Callable[..., list[float]]:
         """The function of one name."""

@@ -52,10 +52,10 @@ ROWS = 8
 GROUP = 4
 
 CHECKPOINTING = {
-    "off": {"activation_checkpointing": False},
+    "off": {"gradient_checkpointing": False},
     "default": {},
-    "reentrant": {"activation_checkpointing_kwargs": {"use_reentrant": True}},
-    "non-reentrant": {"activation_checkpointing_kwargs": {"use_reentrant": False}},
+    "reentrant": {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    "non-reentrant": {"gradient_checkpointing_kwargs": {"use_reentrant": False}},
 }
 
 

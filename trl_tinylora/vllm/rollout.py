@@ -1,0 +1,375 @@
+"""
+Completions of the policy itself: vLLM gets the adapter as a LoRA, and never a weight of the base model.
+
+Where TRL's own transfer rounds `W + U S R V^T` to the sampler's dtype (arXiv:2602.04118, section 4), here vLLM adds
+`U S (R (V^T x))` to `W x`, as the trainer does: an update far below the rounding of W reaches the sampler whole.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import tempfile
+import urllib.error
+import urllib.request
+import uuid
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional, Union
+from urllib.parse import urlsplit
+
+import torch
+
+from ..convert.lora import export_lora
+from ..tuner.model import TinyLoraModel
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from trl import GRPOTrainer
+
+
+# vllm/config/lora.py, `MaxLoRARanks` (vLLM 0.31.0).
+MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+SHARED_MEMORY = "/dev/shm"
+# Of a request to a server: a batch of long completions takes minutes.
+TIMEOUT = 3600.0
+
+
+def max_lora_rank(rank: int) -> int:
+    """Returns the smallest `max_lora_rank` of vLLM's that an adapter of this rank fits in."""
+    return next(limit for limit in MAX_LORA_RANKS if limit >= rank)
+
+
+def refuse_missing_vllm() -> None:
+    """
+    Raises where vLLM is not installed.
+
+    Raises:
+        ImportError: With the command to install it.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise ImportError("vLLM is not installed: pip install 'trl[vllm]', or sample with transformers.")
+
+
+class AdapterRollout:
+    """
+    Samples GRPO's completions with vLLM from the base model and the adapter as it is now, for `rollout_func=`.
+
+    Before it samples, the values that have changed are sent as a LoRA, `lora_A = V^T` and `lora_B = U S R`
+    (arXiv:2602.04118, section 4): `r * (in_features + out_features)` numbers a module, in a file in shared memory that
+    is written whole, for vLLM takes an adapter from files only. What does not change are vLLM's base weights and the
+    trainer's.
+
+    The trainer keeps `use_vllm=False`, so that nothing else is sent and its importance-sampling correction, which is
+    for samplers that are not the policy, is not applied. Temperature, top-p, top-k, min-p, repetition penalty, length
+    and `generation_kwargs` are the trainer's; one completion is returned for each prompt that the trainer passes, which
+    holds each as often as `num_generations` (`num_generations_eval` in evaluation) says.
+
+    Example:
+
+    ```python
+    trainer = GRPOTrainer(..., peft_config=TinyLoraConfig(u=13, n_tie="all"), rollout_func=AdapterRollout())
+    ```
+
+    Args:
+        server_url (`str`, *optional*): A server's address, as in `"http://localhost:8000"`, started by
+            `VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve MODEL --enable-lora --max-lora-rank 8 --logprobs-mode
+            processed_logprobs`. By default an engine in this process is made at the first call; with several processes
+            each has its own, on its own device.
+        adapter_name (`str`, *optional*, defaults to `"default"`): The adapter.
+        dtype (`torch.dtype`, *optional*): What the factors are sent in, float32, bfloat16 or float16; by default that
+            of the trainer's base weights. vLLM casts them to its weights' dtype.
+        folder (`str` or `os.PathLike`, *optional*): Where the factors' files go; a server must be able to read it. By
+            default shared memory, or the folder of temporary files where there is none.
+        engine_options: For `vllm.LLM`, as in `enforce_eager=True`; they come before what follows from the trainer.
+
+    Raises:
+        ValueError: If both a server and options of an engine are given.
+        ImportError: If vLLM is not installed and no server is named.
+    """
+
+    def __init__(
+        self,
+        server_url: Optional[str] = None,
+        *,
+        adapter_name: str = "default",
+        dtype: Optional[torch.dtype] = None,
+        folder: Union[str, os.PathLike, None] = None,
+        **engine_options: Any,
+    ):
+        if server_url is not None:
+            if engine_options:
+                raise ValueError(
+                    f"{', '.join(sorted(engine_options))}: options of an engine in this process, but server_url="
+                    f"{server_url!r} is given too. Give them to `vllm serve`."
+                )
+            if urlsplit(server_url).scheme not in ("http", "https"):
+                raise ValueError(f"server_url={server_url!r} has no scheme: write it as in http://localhost:8000.")
+        else:
+            refuse_missing_vllm()
+        self.server_url = server_url
+        self.adapter_name = adapter_name
+        self.dtype = dtype
+        self.engine_options = engine_options
+        self._engine: Optional[_Engine] = None
+        self._sent: Optional[torch.Tensor] = None
+        self._n_sent = 0
+        # Removed with this object.
+        in_memory = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None
+        self._folder = tempfile.TemporaryDirectory(prefix="trl-tinylora-", dir=folder or in_memory)
+        # A name of its own for each set of values: vLLM keeps the keys and values of a prompt by the adapter's name.
+        self._prefix = f"trl-tinylora-{uuid.uuid4().hex[:8]}"
+
+    def __call__(self, prompts: list, trainer: GRPOTrainer) -> dict[str, list]:
+        """
+        Returns one completion for each prompt.
+
+        Args:
+            prompts (`list`): Of this process, as the trainer passes them: texts or conversations.
+            trainer ([`~trl.GRPOTrainer`]): Read for its model, tokenizer and settings.
+
+        Returns:
+            `dict`: `prompt_ids` and `completion_ids`, lists of token ids, and `logprobs`, of each token of a
+            completion after temperature and filters.
+
+        Raises:
+            ValueError: If the trainer asks for what this cannot do, the model has no such adapter, or the server serves
+                another model.
+            ConnectionError: If the server cannot be reached.
+        """
+        if self._engine is None:
+            _refuse_settings(trainer)
+            _refuse_model(trainer.model, self.adapter_name)
+            self._engine = self._start(trainer)
+        self.send(trainer.model)
+        # The main process sends to a server; nobody samples before it has.
+        trainer.accelerator.wait_for_everyone()
+        prompt_ids = _tokenize(prompts, trainer)
+        completion_ids, logprobs = self._engine.sample(prompt_ids, _sampling_parameters(trainer.args))
+        return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": logprobs}
+
+    def send(self, model: PeftModel) -> int:
+        """
+        Gives the engine the adapter as it is now, and returns the bytes of its file; 0 where it has it already.
+
+        All processes have to call it, for values that are sharded are gathered.
+        """
+        values = model.base_model.bank.vectors(self.adapter_name).whole_values()
+        if self._sent is not None and torch.equal(values, self._sent):
+            return 0
+        self._n_sent += 1
+        folder = Path(self._folder.name, f"{self._n_sent}")
+        export_lora(model, folder, self.adapter_name, dtype=self.dtype or _dtype_of(model))
+        self._engine.load(f"{self._prefix}-{self._n_sent}", self._n_sent, folder)
+        self._sent = values
+        return sum(path.stat().st_size for path in folder.iterdir())
+
+    def close(self) -> None:
+        """Takes the adapter off a server, ends an engine in this process, and removes the files."""
+        if self._engine is not None:
+            self._engine.close()
+        self._engine = self._sent = None
+        self._folder.cleanup()
+
+    def _start(self, trainer: GRPOTrainer) -> _Engine:
+        if self.server_url is None:
+            return _EngineHere(trainer, trainer.model.peft_config[self.adapter_name].r, self.engine_options)
+        return _Server(self.server_url, trainer.model.name_or_path, trainer.accelerator.is_main_process)
+
+
+class _Engine(ABC):
+    """What samples: it holds the base model, and one adapter at a time."""
+
+    @abstractmethod
+    def load(self, name: str, number: int, folder: Path) -> None:
+        """Takes the adapter in a folder, in place of the one before."""
+
+    @abstractmethod
+    def sample(self, prompt_ids: list[list[int]], parameters: dict) -> tuple[list[list[int]], list[list[float]]]:
+        """Returns the tokens and their log-probabilities of one completion for each prompt."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Gives back what it holds."""
+
+
+class _EngineHere(_Engine):
+    """An engine in this process."""
+
+    def __init__(self, trainer: GRPOTrainer, rank: int, options: dict[str, Any]):
+        from trl.trainer import ensure_master_addr_port
+        from vllm import LLM
+
+        args, accelerator = trainer.args, trainer.accelerator
+        # As TRL starts its own (trl v1.16.0, trl/generation/vllm_generation.py:330-360): vLLM's launcher for processes
+        # that are there already reads these, and starts no process, which a script without a main guard could not.
+        os.environ["RANK"] = str(accelerator.process_index)
+        os.environ["LOCAL_RANK"] = str(accelerator.local_process_index)
+        os.environ["WORLD_SIZE"] = str(accelerator.num_processes)
+        ensure_master_addr_port()
+        settings = {
+            "model": trainer.model.name_or_path,
+            "revision": (args.model_init_kwargs or {}).get("revision"),
+            "dtype": str(_dtype_of(trainer.model)).removeprefix("torch."),
+            "distributed_executor_backend": "external_launcher",
+            "gpu_memory_utilization": args.vllm_gpu_memory_utilization,
+            "max_model_len": args.vllm_max_model_length,
+            "max_num_seqs": args.per_device_train_batch_size * args.steps_per_generation,
+            "max_num_batched_tokens": 4096,
+            "model_impl": args.vllm_model_impl,
+            "trust_remote_code": getattr(args, "trust_remote_code", False),
+            "seed": accelerator.process_index,
+            "logprobs_mode": "processed_logprobs",
+            "enable_lora": True,
+            "max_loras": 1,
+            "max_lora_rank": max_lora_rank(rank),
+        }
+        self.llm = LLM(**(settings | options))
+        self._request = None
+
+    def load(self, name: str, number: int, folder: Path) -> None:
+        from vllm.lora.request import LoRARequest
+
+        if self._request is not None:
+            self.llm.llm_engine.remove_lora(self._request.lora_int_id)
+        self._request = LoRARequest(name, number, str(folder))
+        self.llm.llm_engine.add_lora(self._request)
+
+    def sample(self, prompt_ids: list[list[int]], parameters: dict) -> tuple[list[list[int]], list[list[float]]]:
+        from vllm import SamplingParams
+
+        prompts = [{"prompt_token_ids": ids} for ids in prompt_ids]
+        outputs = self.llm.generate(prompts, SamplingParams(**parameters), lora_request=self._request, use_tqdm=False)
+        sampled = [output.outputs[0] for output in outputs]
+        logprobs = [
+            [position[token].logprob for token, position in zip(one.token_ids, one.logprobs, strict=True)]
+            for one in sampled
+        ]
+        return [list(one.token_ids) for one in sampled], logprobs
+
+    def close(self) -> None:
+        self.llm = None
+
+
+class _Server(_Engine):
+    """A server of vLLM's, which loads adapters by name while it runs."""
+
+    def __init__(self, url: str, model: str, is_main_process: bool):
+        self.url, self.is_main_process = url.rstrip("/"), is_main_process
+        self.name: Optional[str] = None
+        served = self._ask("/v1/models")["data"][0]
+        # A folder on one machine and a name on the Hub end alike.
+        if Path(served.get("root") or served["id"]).name != Path(model).name:
+            raise ValueError(
+                f"the server at {self.url} serves {served.get('root')!r}, and the trainer's model is {model!r}: "
+                "completions would be another model's. Start `vllm serve` with the trainer's model."
+            )
+
+    def load(self, name: str, number: int, folder: Path) -> None:
+        if self.is_main_process:
+            self.close()
+            self._ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        self.name = name
+
+    def sample(self, prompt_ids: list[list[int]], parameters: dict) -> tuple[list[list[int]], list[list[float]]]:
+        body = {"model": self.name, "prompt": prompt_ids, "return_token_ids": True, **parameters}
+        choices = sorted(self._ask("/v1/completions", body)["choices"], key=lambda choice: choice["index"])
+        logprobs = [choice["logprobs"]["token_logprobs"] for choice in choices]
+        return [choice["token_ids"] for choice in choices], logprobs
+
+    def close(self) -> None:
+        if self.is_main_process and self.name is not None:
+            self._ask("/v1/unload_lora_adapter", {"lora_name": self.name})
+        self.name = None
+
+    def _ask(self, path: str, body: Optional[dict] = None) -> Any:
+        """The server's answer, from JSON where it is an object; a GET request without a body."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+                answer = response.read().decode()
+        except urllib.error.HTTPError as error:
+            if error.code == 404 and path == "/v1/load_lora_adapter":
+                raise ValueError(
+                    f"the server at {self.url} loads no adapters: start it with `VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 "
+                    "vllm serve MODEL --enable-lora --max-lora-rank 8`, the rank at least the adapter's."
+                ) from error
+            said = error.read().decode(errors="replace").strip()
+            raise RuntimeError(f"the vLLM server refused {path} ({error.code}): {said}") from error
+        except OSError as error:
+            raise ConnectionError(
+                f"the vLLM server at {self.url} cannot be reached: {error}. Start it with `vllm serve MODEL "
+                "--enable-lora`, and wait until it answers."
+            ) from error
+        return json.loads(answer) if answer.startswith("{") else answer
+
+
+def _refuse_settings(trainer: GRPOTrainer) -> None:
+    """Raises `ValueError` where the trainer's settings ask for what [`AdapterRollout`] does not do."""
+    args = trainer.args
+    refused = {
+        "use_vllm": "TRL would start an engine of its own and send it every weight: set use_vllm to false",
+        "vllm_structured_outputs_regex": "leave it out, or give `structured_outputs` in generation_kwargs",
+        "vllm_enable_sleep_mode": "the engine would drop base weights that nobody sends again: leave it out",
+    }
+    for name, way_out in refused.items():
+        if getattr(args, name, None):
+            raise ValueError(f"AdapterRollout does not take {name}={getattr(args, name)!r}: {way_out}.")
+    if getattr(args, "vllm_tensor_parallel_size", 1) != 1:
+        raise ValueError(
+            f"AdapterRollout does not take vllm_tensor_parallel_size={args.vllm_tensor_parallel_size}: an engine in "
+            "this process has one device. Start `vllm serve --tensor-parallel-size`, and give its server_url."
+        )
+    if (args.generation_kwargs or {}).get("n", 1) != 1:
+        raise ValueError("AdapterRollout does not take n in generation_kwargs: set num_generations.")
+    if getattr(trainer, "tools", None) or getattr(trainer, "environment_factories", None):
+        raise ValueError("AdapterRollout samples one turn: tools and environments need use_vllm and no rollout_func.")
+
+
+def _refuse_model(model: Any, adapter_name: str) -> None:
+    """Raises `ValueError` where a model has no TinyLoRA adapter of this name."""
+    if not isinstance(getattr(model, "base_model", None), TinyLoraModel) or adapter_name not in model.peft_config:
+        raise ValueError(
+            f"the trainer's {type(model).__name__} has no TinyLoRA adapter {adapter_name!r} to send. Make the trainer "
+            "with `peft_config=TinyLoraConfig(...)`."
+        )
+
+
+def _dtype_of(model: PeftModel) -> torch.dtype:
+    """The dtype of the base's weights."""
+    return model.get_base_model().dtype
+
+
+def _tokenize(prompts: list, trainer: GRPOTrainer) -> list[list[int]]:
+    """The prompts' tokens, as the trainer makes them where it samples itself."""
+    from trl import is_conversational
+
+    processing_class = trainer.processing_class
+    if not is_conversational({"prompt": prompts[0]}):
+        return processing_class(text=prompts)["input_ids"]
+    return processing_class.apply_chat_template(
+        conversation=prompts,
+        chat_template=getattr(trainer, "chat_template", None),
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        **(trainer.args.chat_template_kwargs or {}),
+    )["input_ids"]
+
+
+def _sampling_parameters(args: Any) -> dict:
+    """What vLLM is asked for, under names that its `SamplingParams` and its server share."""
+    return {
+        "n": 1,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "top_k": args.top_k,
+        "min_p": args.min_p or 0.0,
+        "repetition_penalty": args.repetition_penalty,
+        "max_tokens": args.max_completion_length,
+        "logprobs": 0,
+        **(args.generation_kwargs or {}),
+    }
