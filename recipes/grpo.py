@@ -3,8 +3,8 @@
     python recipes/grpo.py --config recipes/toy/grpo.yaml --output_dir results/grpo-13
     accelerate launch --config_file recipes/accelerate/single.yaml recipes/grpo.py --config recipes/toy/grpo.yaml
 
-Differs from `sft.py` in the trainer, its arguments, the reward, the columns of the rows, what vLLM samples from and what
-is logged of its weights; every other line is equal.
+Differs from `sft.py` in the trainer, its arguments, the reward, the columns of the rows, what vLLM samples from and
+what is logged of its weights; every other line is equal.
 """
 
 import trl

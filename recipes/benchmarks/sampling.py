@@ -200,6 +200,8 @@ def measure_model(model: str, dtype: str, arguments: argparse.Namespace) -> dict
 def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict]:
     """All models in both dtypes."""
     found = [measure_model(model, dtype, arguments) for model in arguments.models for dtype in DTYPES]
+    # The record names models, not a machine's folders.
+    arguments.models = [Path(model).name for model in arguments.models]
     rows = []
     for one in found:
         of, sizes = f"{one['model']} in {one['dtype']}", one["sizes"]
