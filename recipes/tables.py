@@ -1,4 +1,5 @@
-"""The generated tables: memory and the launchers' matrix in docs/launchers.md, the paper's numbers in the recipes.
+"""The generated tables: memory and the launchers' matrix in docs/launchers.md, what vLLM samples in
+docs/merging-and-vllm.md, the paper's numbers in the recipes.
 
 python recipes/tables.py           # renews what is not current
 python recipes/tables.py --check   # changes nothing; fails if one is not current
@@ -8,6 +9,8 @@ import argparse
 import json
 from pathlib import Path
 
+from benchmarks import sampling
+from benchmarks.harness import RESULTS
 from paper import memory, published
 from records import launchers
 from records.files import replace_section, write_text
@@ -29,6 +32,9 @@ def documents() -> dict[Path, str]:
     page = replace_section(path.read_text(encoding="utf-8"), "memory", memory.table())
     matrix = json.loads(launchers.RECORD.read_text(encoding="utf-8"))
     renewed = {path: replace_section(page, "distributed", launchers.table(matrix))}
+    path = RECIPES.parent / "docs" / "merging-and-vllm.md"
+    record = json.loads((RESULTS / "sampling.json").read_text(encoding="utf-8"))
+    renewed[path] = replace_section(path.read_text(encoding="utf-8"), "sampling", sampling.table(record))
     numbers = published.read()
     for recipe in sorted({entry["recipe"] for entry in numbers["tables"]}):
         renewed[RECIPES / recipe / "README.md"] = published.renewed(recipe, numbers)

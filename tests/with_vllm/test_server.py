@@ -8,11 +8,14 @@ pytest.importorskip("vllm")
 import json
 import urllib.request
 
+import grpo
 import torch
 import transformers
+import yaml
+from miniatures import RECIPES
 from peft import get_peft_model
 from sampled import NOISE, Recorder, distance, logprobs_of, make_trainer, set_values
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer, TrlParser
 
 from trl_tinylora import AdapterRollout, TinyLoraConfig, export_lora
 from trl_tinylora.tasks import gsm8k
@@ -111,6 +114,33 @@ def test_a_rollout_by_a_server_is_the_policy_and_leaves_no_adapter_there(server_
     recorder.rollout.close()
     known = ask(server_url, "/v1/models")["data"]
     assert not [model["id"] for model in known if model["id"].startswith("trl-tinylora")]
+
+
+def test_a_recipe_samples_from_the_adapter_by_one_key(server_url, toy, tmp_path):
+    recipe = yaml.safe_load((RECIPES / "qwen2.5-7b-gsm8k" / "grpo.yaml").read_text())
+    assert recipe["use_vllm"] is True and "rollouts" not in recipe
+    recipe |= {
+        "rollouts": "adapter",
+        "vllm_mode": "server",
+        "vllm_server_base_url": server_url,
+        "model_name_or_path": str(toy),
+        "dtype": "float32",
+        "bf16": False,
+        "dataset_name": str(toy.parent / "data"),
+        "dataset_config": None,
+        "dataset_train_split": "train",
+        "max_steps": 2,
+        "gradient_accumulation_steps": 2,
+        "max_completion_length": 32,
+        "learning_rate": 0.02,
+        "use_cpu": True,
+        "output_dir": str(tmp_path / "out"),
+    }
+    (tmp_path / "grpo.yaml").write_text(yaml.safe_dump(recipe))
+    trainer = grpo.main(*TrlParser(grpo.ARGUMENTS).parse_args_and_config(["--config", str(tmp_path / "grpo.yaml")]))
+    assert trainer.state.global_step == 2 and isinstance(trainer.rollout_func, AdapterRollout)
+    assert trainer.model.base_model.bank.vectors("default").whole_values().abs().min() > 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
 def test_trls_own_transfer_to_a_server_needs_a_gpu(server_url, toy, tmp_path):

@@ -220,7 +220,8 @@ class _EngineHere(_Engine):
             "max_num_batched_tokens": 4096,
             "model_impl": args.vllm_model_impl,
             "trust_remote_code": getattr(args, "trust_remote_code", False),
-            "seed": accelerator.process_index,
+            # Each process and each of the runs that differ in their seed samples otherwise.
+            "seed": args.seed * accelerator.num_processes + accelerator.process_index,
             "logprobs_mode": "processed_logprobs",
             "enable_lora": True,
             "max_loras": 1,

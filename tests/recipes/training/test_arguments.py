@@ -87,3 +87,36 @@ def test_a_reward_that_there_is_not_is_refused(reward, message, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     with pytest.raises(ValueError, match=message):
         RLArguments("none", reward=reward).reward_functions()
+
+
+def test_rollouts_are_trls_own_unless_the_adapter_is_asked_for(tmp_path):
+    training_args = trl.GRPOConfig(str(tmp_path), use_vllm=True, use_cpu=True, bf16=False)
+    assert RLArguments("rows").rollout_function(training_args, AdapterArguments()) is None
+    assert training_args.use_vllm is True
+
+
+@pytest.mark.parametrize(
+    ("given", "url"),
+    [({}, "http://0.0.0.0:8000"), ({"vllm_server_base_url": "http://gpu:1"}, "http://gpu:1")],
+)
+def test_a_server_is_found_where_trl_would_look_for_it(tmp_path, given, url):
+    training_args = trl.GRPOConfig(str(tmp_path), use_vllm=True, vllm_mode="server", use_cpu=True, bf16=False, **given)
+    rollout = RLArguments("rows", rollouts="adapter").rollout_function(training_args, AdapterArguments())
+    assert rollout.server_url == url
+    # TRL would start an engine and send it every weight.
+    assert training_args.use_vllm is False
+
+
+@pytest.mark.bad_input("vllm")
+@pytest.mark.parametrize(
+    ("rollouts", "use_vllm", "adapter", "message"),
+    [
+        ("adapters", True, "tinylora", "must be 'merged' or 'adapter', got 'adapters'"),
+        ("adapter", False, "tinylora", "use_vllm is false: set it, or drop rollouts"),
+        ("adapter", True, "lora", "adapter is 'lora': drop rollouts"),
+    ],
+)
+def test_rollouts_that_cannot_be_are_refused(tmp_path, rollouts, use_vllm, adapter, message):
+    training_args = trl.GRPOConfig(str(tmp_path), use_vllm=use_vllm, use_cpu=True, bf16=False)
+    with pytest.raises(ValueError, match=message):
+        RLArguments("rows", rollouts=rollouts).rollout_function(training_args, AdapterArguments(adapter=adapter))
