@@ -1,4 +1,4 @@
-.PHONY: help bad-inputs bench compare compare-full test test-distributed results quality style clean
+.PHONY: help bad-inputs bench compare compare-full test test-distributed test-llama-cpp results quality style clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -16,6 +16,7 @@ help:
 	@echo "make compare-full  every arm, size and control, 3 seeds; within an hour on two cores"
 	@echo "make test          the tests, on CPU, without network"
 	@echo "make test-distributed  every launcher, tying, checkpointing and accumulation; about half an hour"
+	@echo "make test-llama-cpp  llama.cpp reads exported adapters; builds it in ten minutes, in .venv-llama-cpp"
 	@echo "make bench         every row of docs/benchmarks.md; on a quiet machine"
 	@echo "make results       tables, figures and the tree of files in README and docs, from the committed JSON"
 	@echo "make bad-inputs    counts the bad inputs that the tests try, by kind"
@@ -37,6 +38,12 @@ test: $(INSTALLED)
 
 test-distributed: $(INSTALLED)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -v -m slow tests/distributed
+
+# llama-cpp-python is built from source, with a compiler and CMake.
+test-llama-cpp:
+	$(PYTHON) -m venv .venv-llama-cpp
+	.venv-llama-cpp/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]' llama-cpp-python
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-llama-cpp/bin/python -m pytest tests/with_llama_cpp
 
 bad-inputs: $(INSTALLED)
 	$(BIN)/python docs/bad_inputs.py
@@ -66,4 +73,4 @@ style: $(INSTALLED)
 	$(BIN)/ruff format $(RUFF) $(CODE)
 
 clean:
-	rm -rf $(VENV) *.egg-info results outputs
+	rm -rf $(VENV) .venv-llama-cpp *.egg-info results outputs

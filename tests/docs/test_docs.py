@@ -37,6 +37,8 @@ NOT_RUN = {
     "make compare-full": "an hour; the same script as `make compare`",
     "make test": "this test is one of its tests",
     "make test-distributed": "an hour; tests/distributed/test_modes.py runs a part of it",
+    "llama-cli": "llama.cpp's program; tests/with_llama_cpp/test_gguf_adapter.py has llama.cpp read such a file",
+    "llama-server": "llama.cpp's program, as llama-cli",
     "make bench": "half an hour; tests/recipes/test_benchmarks.py runs each script on small sizes",
     "make results": "writes into the repository; tests/recipes/test_benchmarks.py compares what it writes",
     "make quality": "a linter is no test; it has its own command",

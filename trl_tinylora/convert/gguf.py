@@ -2,8 +2,9 @@
 A TinyLoRA adapter as a LoRA file of llama.cpp's, which Ollama reads as well: exact, and read without this package.
 
 What the file holds follows ggml-org/llama.cpp: `src/llama-adapter.cpp` (0650ea8) reads `general.type`,
-`general.architecture`, `adapter.type` and `adapter.lora.alpha`, and of every weight `.lora_a`, shape `(r, in_features)`,
-and `.lora_b`, shape `(out_features, r)`; it scales with `alpha / r`. The weights' names are those of the `gguf` library.
+`general.architecture`, `adapter.type` and `adapter.lora.alpha`, and of every weight `.lora_a`, shape
+`(r, in_features)`, and `.lora_b`, shape `(out_features, r)`; it scales with `alpha / r`. The weights' names are those
+of the `gguf` library.
 
 llama.cpp computes the rotary embedding of Llama models on neighbouring rows, where transformers pairs the two halves of
 a head, so its converter reorders the rows of q and k (`LlamaModel.permute` in `conversion/llama.py`, 0274f0f, which is
@@ -49,9 +50,9 @@ def export_gguf(
     """
     Writes an adapter as a LoRA in a GGUF file, for llama.cpp (`--lora`) and Ollama (`ADAPTER`).
 
-    The factors are those of [`export_lora`], which says what `dtype` costs; on the CPU, llama.cpp rounds the activations
-    to a 16-bit dtype as well, before it multiplies them. The base model's GGUF file may be quantised: the update is
-    added to its output. The file is written to a temporary path and moved into place whole.
+    The factors are those of [`export_lora`], which says what `dtype` costs; on the CPU, llama.cpp rounds the
+    activations to a 16-bit dtype as well, before it multiplies them. The base model's GGUF file may be quantised: the
+    update is added to its output. The file is written to a temporary path and moved into place whole.
 
     Args:
         model (`peft.PeftModel`): Model with the adapter, merged or not: a Llama, Mistral, Qwen2 or Qwen3 for causal
@@ -163,10 +164,9 @@ def _names(gguf: ModuleType, architecture: str, base: nn.Module, modules: Iterab
     names = {}
     for name in modules:
         found = table.get_name(name)
-        if found is None or (name == "lm_head" and base.config.tie_word_embeddings):
-            why = "is tied to the embedding" if found else "has no counterpart"
+        if found is None:
             raise NotImplementedError(
-                f"the adapter adapts {name}, which {why} in llama.cpp's {architecture}. Merge the adapter "
+                f"the adapter adapts {name}, which has no counterpart in llama.cpp's {architecture}. Merge the adapter "
                 "(`model.merge_and_unload().save_pretrained(folder)`) and convert the folder with llama.cpp's "
                 "convert_hf_to_gguf.py."
             )
