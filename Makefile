@@ -1,4 +1,5 @@
-.PHONY: help bad-inputs bench compare compare-full test test-distributed test-vllm results quality style clean
+.PHONY: help bad-inputs bench compare compare-full test test-distributed test-vllm test-llama-cpp results
+.PHONY: quality style clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -18,6 +19,7 @@ help:
 	@echo "make test          the tests, on CPU, without network"
 	@echo "make test-distributed  every launcher, tying, checkpointing and accumulation; about half an hour"
 	@echo "make test-vllm     with the real vLLM on a CPU, in an environment of its own"
+	@echo "make test-llama-cpp  llama.cpp reads exported adapters; builds it in ten minutes, in .venv-llama-cpp"
 	@echo "make bench         every row of docs/benchmarks.md; on a quiet machine"
 	@echo "make results       tables, figures and the tree of files in README and docs, from the committed JSON"
 	@echo "make bad-inputs    counts the bad inputs that the tests try, by kind"
@@ -50,6 +52,12 @@ test-distributed: $(INSTALLED)
 test-vllm: $(VLLM)/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest tests/with_vllm tests/unit/vllm
 
+# llama-cpp-python is built from source, with a compiler and CMake.
+test-llama-cpp:
+	$(PYTHON) -m venv .venv-llama-cpp
+	.venv-llama-cpp/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]' llama-cpp-python
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-llama-cpp/bin/python -m pytest tests/with_llama_cpp
+
 bad-inputs: $(INSTALLED)
 	$(BIN)/python docs/bad_inputs.py
 
@@ -78,4 +86,4 @@ style: $(INSTALLED)
 	$(BIN)/ruff format $(RUFF) $(CODE)
 
 clean:
-	rm -rf $(VENV) *.egg-info results outputs
+	rm -rf $(VENV) .venv-llama-cpp *.egg-info results outputs

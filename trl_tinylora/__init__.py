@@ -11,6 +11,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .config import TinyLoraConfig, TinyLoraPeftType
+    from .convert.gguf import export_gguf
     from .convert.lora import export_lora
     from .convert.peft_tinylora import convert_peft_tinylora
     from .registration import register
@@ -27,6 +28,7 @@ __all__ = [
     "TinyLoraPeftType",
     "__version__",
     "convert_peft_tinylora",
+    "export_gguf",
     "export_lora",
     "register",
     "sampling_fidelity",
@@ -40,6 +42,7 @@ _MODULES = {
     "TinyLoraModel": "tuner.model",
     "TinyLoraPeftType": "config",
     "convert_peft_tinylora": "convert.peft_tinylora",
+    "export_gguf": "convert.gguf",
     "export_lora": "convert.lora",
     "register": "registration",
     "sampling_fidelity": "vllm.fidelity",

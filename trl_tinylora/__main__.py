@@ -30,13 +30,14 @@ if TYPE_CHECKING:
 
 
 OWN_TYPE = "TRL_TINYLORA"
+FORMATS = ("peft", "gguf")
 DTYPE_NAMES = ("float32", "float16", "bfloat16")
 # Tensors of more values are not listed.
 MOST_VALUES = 64
 # Of a configuration, what is shown in another line, or is long and says nothing to a reader.
 NOT_LISTED = ("peft_type", "base_model_name_or_path", "base_fingerprint", "singular_bases")
 # What wrong input raises here, in PEFT, in transformers and on the Hub. Anything else is a bug: its traceback is shown.
-EXPECTED = (ValueError, TypeError, KeyError, OSError, RuntimeError, SafetensorError)
+EXPECTED = (ValueError, TypeError, KeyError, OSError, RuntimeError, ImportError, SafetensorError)
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
@@ -87,10 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--target_modules", nargs="+", metavar="NAME", help='names of modules (default "all-linear")')
     command(_inspect, "what an adapter folder holds", adapter=either)
     about = "write an adapter (also one of PEFT's TINYLORA) as a plain LoRA"
-    export = command(_export, about, adapter=either, out="folder to write")
+    export = command(_export, about, adapter=either, out="folder to write, or a .gguf file with `--format gguf`")
+    formats = "a folder of PEFT's, or a file of llama.cpp's (default peft)"
+    export.add_argument("--format", choices=FORMATS, default="peft", help=formats)
     export.add_argument("--base", metavar="MODEL", help="base model (default: the one that the adapter names)")
     export.add_argument("--dtype", choices=DTYPE_NAMES, default="float32", help="of the file (default float32)")
-    export.add_argument("--overwrite", action="store_true", help="replace an adapter in OUT")
+    export.add_argument("--overwrite", action="store_true", help="replace an adapter at OUT")
     command(_verify, "load an adapter on a base model", adapter=either, model=f"{either} of the base model")
     what = "program that loads an adapter by PEFT: a script, or `-m` and a module, with its own arguments"
     command(_run, "run another program, for which PEFT knows the adapters' type", program=what)
@@ -222,15 +225,28 @@ def _export(options: argparse.Namespace) -> None:
     from peft import PeftType
     from transformers import AutoConfig
 
+    from .convert.gguf import export_gguf, import_gguf, writable
     from .convert.lora import export_lora
     from .convert.peft_tinylora import convert_peft_tinylora
 
     how = {"dtype": getattr(torch, options.dtype), "overwrite": options.overwrite}
-    if fields.get("peft_type") == PeftType.TINYLORA.value:
-        convert_peft_tinylora(folder, options.out, model=AutoConfig.from_pretrained(base), **how)
+    is_of_peft = fields.get("peft_type") == PeftType.TINYLORA.value
+    if options.format == "gguf":
+        if is_of_peft:
+            raise ValueError(
+                f"{folder} holds an adapter of PEFT's own TinyLoRA, which is not written as GGUF. Export it with "
+                "`--format peft` and convert that folder with llama.cpp's convert_lora_to_gguf.py."
+            )
+        import_gguf()
+        written = writable(options.out, options.overwrite)
+        export_gguf(_load(folder, fields, base), options.out, **how)
     else:
-        export_lora(_load(folder, fields, base), options.out, **how)
-    print(f"wrote {options.out}: {(Path(options.out) / WEIGHTS_FILE).stat().st_size} bytes")
+        written = Path(options.out) / WEIGHTS_FILE
+        if is_of_peft:
+            convert_peft_tinylora(folder, options.out, model=AutoConfig.from_pretrained(base), **how)
+        else:
+            export_lora(_load(folder, fields, base), options.out, **how)
+    print(f"wrote {options.out}: {written.stat().st_size} bytes")
 
 
 def _refuse_to_write_over(out: str, read: str) -> None:

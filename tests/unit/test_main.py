@@ -11,15 +11,16 @@ import shutil
 import subprocess
 import sys
 
+import gguf
 import peft
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from tiny import make_base
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 import trl_tinylora.__main__
-from trl_tinylora import TinyLoraConfig, export_lora
+from trl_tinylora import TinyLoraConfig, export_gguf, export_lora
 from trl_tinylora.__main__ import main
 from trl_tinylora.tuner import build
 
@@ -271,6 +272,52 @@ def test_export_refuses_adapters_of_other_methods(run, adapter, base_folder, tmp
     assert not (tmp_path / "again").exists()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_export_writes_a_gguf_file(run, adapter, base_folder, tmp_path, dtype):
+    out = tmp_path / "adapter.gguf"
+
+    status, printed, err = run("export", adapter, out, "--format", "gguf", "--base", base_folder, "--dtype", dtype)
+
+    assert status == 0 and err == []
+    assert printed == [f"wrote {out}: {out.stat().st_size} bytes"]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), adapter)
+    export_gguf(model, tmp_path / "expected.gguf", dtype=getattr(torch, dtype))
+    assert out.read_bytes() == (tmp_path / "expected.gguf").read_bytes()
+    assert len(gguf.GGUFReader(out).tensors) == 2 * 14
+
+
+@pytest.mark.bad_input("a command line of `python -m trl_tinylora`")
+def test_export_refuses_what_is_not_written_as_gguf(run, adapter, base_folder, tmp_path, monkeypatch):
+    out = tmp_path / "adapter.gguf"
+    gpt2 = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4))
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    get_peft_model(gpt2, TinyLoraConfig()).save_pretrained(tmp_path / "other")
+    as_gguf = ("--format", "gguf")
+    assert_fails(
+        run("export", tmp_path / "other", out, *as_gguf, "--base", tmp_path / "gpt2"),
+        "GPT2LMHeadModel is none of",
+        "convert_hf_to_gguf.py",
+    )
+    tinylora = get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), peft.TinyLoraConfig())
+    tinylora.save_pretrained(tmp_path / "tinylora")
+    assert_fails(run("export", tmp_path / "tinylora", out, *as_gguf), "PEFT's own TinyLoRA", "convert_lora_to_gguf.py")
+
+    def loaded(*args, **kwargs):
+        raise AssertionError("the model was loaded")
+
+    # What is wrong with OUT is said before the model is loaded.
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
+    (tmp_path / "there.gguf").touch()
+    assert_fails(run("export", adapter, tmp_path / "there.gguf", *as_gguf), "is there already", "--overwrite")
+    weights = adapter / "adapter_model.safetensors"
+    before = weights.read_bytes()
+    assert_fails(run("export", adapter, weights, *as_gguf, "--overwrite"), "does not end in .gguf")
+    assert weights.read_bytes() == before
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert_fails(run("export", adapter, out, *as_gguf), "pip install 'trl-tinylora[gguf]'")
+    assert not out.exists()
+
+
 def test_export_asks_for_a_base_that_nobody_names(run, adapter, tmp_path):
     shutil.copytree(adapter, tmp_path / "anonymous")
     path = tmp_path / "anonymous" / "adapter_config.json"
@@ -360,6 +407,7 @@ def test_every_command_refuses_at_once_what_is_no_adapter(run, base_folder, tmp_
         ["plan", "model", "--values", "many"],
         ["export", "adapter"],
         ["export", "adapter", "out", "--dtype", "int8"],
+        ["export", "adapter", "out", "--format", "onnx"],
         ["verify", "adapter"],
     ],
 )

@@ -74,6 +74,29 @@ def export_lora(
         ValueError: If there is no such adapter, it trained modules in full, or `dtype` cannot hold the update.
         FileExistsError: If the folder holds an adapter and `overwrite` is not set.
     """
+    factors = lora_factors(model, adapter_name)
+    config, base = model.peft_config[adapter_name], model.get_base_model()
+    write_lora(save_directory, factors, config, base, dtype=dtype, overwrite=overwrite)
+
+
+def lora_factors(model: PeftModel, adapter_name: str = "default") -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """
+    Returns the LoRA of an adapter's present values: `A = V^T` and `B = U S R` of every module.
+
+    `R = sum_k v_k P_k` (arXiv:2602.04118, section 4) is computed for all modules in one product.
+
+    Args:
+        model (`peft.PeftModel`): Model with the adapter, merged or not. Its weights must be whole in this process.
+        adapter_name (`str`, *optional*, defaults to `"default"`): The adapter.
+
+    Returns:
+        `dict` of A, shape `(r, in_features)`, in its dtype and on its device, and B, shape `(out_features, r)`, dtype
+        float64 on the CPU, by the module's name in the base model, in the base model's order.
+
+    Raises:
+        TypeError: If the model is no `PeftModel` with a TinyLoRA adapter.
+        ValueError: If there is no such adapter, or it trained modules in full.
+    """
     if not isinstance(model, PeftModel) or not isinstance(model.base_model, TinyLoraModel):
         raise TypeError(
             f"expected a PeftModel with a TinyLoRA adapter, got {type(model).__name__}. Load one with "
@@ -84,14 +107,15 @@ def export_lora(
     config: TinyLoraConfig = model.peft_config[adapter_name]
     refuse_what_is_no_lora(config)
 
-    base = model.get_base_model()
-    factors = {}
-    for name, layer in base.named_modules():
+    factors, mixings_MRR = {}, None
+    for name, layer in model.get_base_model().named_modules():
         if isinstance(layer, Linear) and layer.place(adapter_name) is not None:
             vectors, index = layer.place(adapter_name)
+            if mixings_MRR is None:
+                mixings_MRR = vectors.mixings().cpu().double()
             left_OR, right_RI = layer.factors_of(vectors.plan)
-            factors[name] = right_RI, left_OR.cpu().double() @ vectors.mixing(index).cpu().double()
-    write_lora(save_directory, factors, config, base, dtype=dtype, overwrite=overwrite)
+            factors[name] = right_RI, left_OR.cpu().double() @ mixings_MRR[index]
+    return factors
 
 
 def read_config(folder: Path) -> dict:
@@ -114,6 +138,12 @@ def refuse_what_is_no_lora(config: PeftConfig) -> None:
         raise ValueError(f"the adapter has bias={config.bias!r}: biases trained in full do not fit in a LoRA.")
 
 
+def refuse_other_dtype(dtype: torch.dtype) -> None:
+    """Raises `ValueError` for a dtype that is none of a file's."""
+    if dtype not in DTYPES:
+        raise ValueError(f"`dtype` must be one of {', '.join(map(str, DTYPES))}, got {dtype}.")
+
+
 def write_lora(
     save_directory: Union[str, os.PathLike],
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]],
@@ -129,8 +159,7 @@ def write_lora(
 
     `factors` are A, shape `(r, in_features)`, and B, shape `(out_features, r)`, by module name.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"`dtype` must be one of {', '.join(map(str, DTYPES))}, got {dtype}.")
+    refuse_other_dtype(dtype)
     folder = Path(save_directory).absolute()
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file. Name a folder to write the adapter to.")
@@ -142,7 +171,7 @@ def write_lora(
         )
     tensors = {}
     for name, (down_RI, up_OR) in factors.items():
-        for part, factor in zip("AB", _rounded(name, down_RI, up_OR, dtype), strict=True):
+        for part, factor in zip("AB", rounded(name, down_RI, up_OR, dtype), strict=True):
             tensors[f"{PREFIX}{name}.lora_{part}.weight"] = factor
     config = LoraConfig(
         r=adapter.r,
@@ -177,8 +206,13 @@ def _target_modules(names: Iterable[str], base: nn.Module) -> list[str]:
     return sorted(last if last.isdisjoint(last_of_others) else names)
 
 
-def _rounded(name: str, down_RI: torch.Tensor, up_OR: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """A and B in the wanted dtype, on the CPU."""
+def rounded(name: str, down_RI: torch.Tensor, up_OR: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """
+    Returns A and B in a dtype of the file, on the CPU, with the balance for float16 that [`export_lora`] describes.
+
+    Raises:
+        ValueError: If an entry is not finite in that dtype.
+    """
     down_RI, up_OR = down_RI.detach().cpu().double(), up_OR.detach().cpu().double()
     largest_down, largest_up = down_RI.abs().max(), up_OR.abs().max()
     if dtype == torch.float16 and largest_down > 0 and 0 < largest_up < torch.inf:
