@@ -175,7 +175,8 @@ class AdapterRollout:
 
     def _start(self, trainer: GRPOTrainer) -> _Engine:
         if self.server_url is None:
-            return _EngineHere(trainer, trainer.model.peft_config[self.adapter_name].r, self.engine_options)
+            plan = trainer.model.base_model.bank.vectors(self.adapter_name).plan
+            return _EngineHere(trainer, plan.rank, list(plan.index), self.engine_options)
         return _Server(self.server_url, trainer.model.name_or_path, trainer.accelerator.is_main_process)
 
 
@@ -198,7 +199,7 @@ class _Engine(ABC):
 class _EngineHere(_Engine):
     """An engine in this process."""
 
-    def __init__(self, trainer: GRPOTrainer, rank: int, options: dict[str, Any]):
+    def __init__(self, trainer: GRPOTrainer, rank: int, modules: list[str], options: dict[str, Any]):
         from trl.trainer import ensure_master_addr_port
         from vllm import LLM
 
@@ -226,6 +227,8 @@ class _EngineHere(_Engine):
             "enable_lora": True,
             "max_loras": 1,
             "max_lora_rank": max_lora_rank(rank),
+            # No room for the output embedding, which is as large as all others together.
+            "lora_target_modules": sorted({name.rpartition(".")[2] for name in modules}),
         }
         self.llm = LLM(**(settings | options))
         self._request = None
