@@ -208,7 +208,8 @@ def test_a_chat_template_that_adds_tokens_makes_them_and_the_output_embedding_tr
 CAST_EXEMPTION = '"lora_magnitude_vector" not in name'
 # TRL 1.14 and before, to the letter, so that a later TRL with another exemption fails instead of being skipped.
 CASTS_ALL = re.search(
-    r"if param\.requires_grad:\s+param\.data = param\.data\.to\(torch\.bfloat16\)", inspect.getsource(SFTTrainer.__init__)
+    r"if param\.requires_grad:\s+param\.data = param\.data\.to\(torch\.bfloat16\)",
+    inspect.getsource(SFTTrainer.__init__),
 )
 spares_the_values = pytest.mark.skipif(bool(CASTS_ALL), reason="this TRL casts all trained values on a quantised base")
 
