@@ -36,6 +36,7 @@ NOT_RUN = {
     "make compare": "minutes; tests/recipes/test_compare.py does each kind of its runs",
     "make compare-full": "an hour; the same script as `make compare`",
     "make test": "this test is one of its tests",
+    "make test-oldest": "this test is one of its tests",
     "make test-distributed": "an hour; tests/distributed/test_modes.py runs a part of it",
     "make bench": "half an hour; tests/recipes/test_benchmarks.py runs each script on small sizes",
     "make results": "writes into the repository; tests/recipes/test_benchmarks.py compares what it writes",
