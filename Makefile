@@ -1,9 +1,10 @@
-.PHONY: help bad-inputs bench compare compare-full test test-distributed test-vllm test-llama-cpp results
-.PHONY: quality style clean
+.PHONY: help bad-inputs bench compare compare-full test test-oldest test-distributed test-vllm test-llama-cpp
+.PHONY: results quality style clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
 VENV := .venv
+CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 VLLM := .venv-vllm
@@ -17,6 +18,7 @@ help:
 	@echo "make compare       RL against SFT on the toy, quick preset"
 	@echo "make compare-full  every arm, size and control, 3 seeds; within an hour on two cores"
 	@echo "make test          the tests, on CPU, without network"
+	@echo "make test-oldest   the same with the oldest versions that setup.cfg allows, in an environment of its own"
 	@echo "make test-distributed  every launcher, tying, checkpointing and accumulation; about half an hour"
 	@echo "make test-vllm     with the real vLLM on a CPU, in an environment of its own"
 	@echo "make test-llama-cpp  llama.cpp reads exported adapters; builds it in ten minutes, in .venv-llama-cpp"
@@ -25,9 +27,9 @@ help:
 	@echo "make bad-inputs    counts the bad inputs that the tests try, by kind"
 	@echo "make quality       linter; make style fixes what it can"
 
-$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+$(INSTALLED): setup.cfg pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[dev]'
 	@touch $@
 
 # Without their dependencies: vLLM's metadata asks for image and audio packages that text models never import.
@@ -45,6 +47,9 @@ compare-full: $(INSTALLED)
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 test-distributed: $(INSTALLED)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -v -m slow tests/distributed
@@ -86,4 +91,4 @@ style: $(INSTALLED)
 	$(BIN)/ruff format $(RUFF) $(CODE)
 
 clean:
-	rm -rf $(VENV) .venv-llama-cpp *.egg-info results outputs
+	rm -rf .venv .venv-* *.egg-info results outputs

@@ -36,6 +36,7 @@ NOT_RUN = {
     "make compare": "minutes; tests/recipes/test_compare.py does each kind of its runs",
     "make compare-full": "an hour; the same script as `make compare`",
     "make test": "this test is one of its tests",
+    "make test-oldest": "this test is one of its tests",
     "make test-distributed": "an hour; tests/distributed/test_modes.py runs a part of it",
     "make test-vllm": "an environment of its own, with the real vLLM",
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve": "a server; tests/with_vllm/test_server.py starts one of these options",

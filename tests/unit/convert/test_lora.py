@@ -486,7 +486,8 @@ def test_what_is_pushed_to_the_hub_is_what_was_saved(saved, base_folder, monkeyp
 
     # The three calls that go out to the Hub.
     hub = SimpleNamespace(create_repo=lambda *args, **kwargs: repository)
-    monkeypatch.setattr(transformers.utils.hub, "hf_api", lambda: hub)
+    monkeypatch.setattr(transformers.utils.hub, "hf_api", lambda: hub, raising=False)
+    monkeypatch.setattr(transformers.utils.hub, "create_repo", hub.create_repo, raising=False)
     monkeypatch.setattr(
         transformers.utils.hub, "create_and_tag_model_card", lambda *args, **kwargs: ModelCard("# Card")
     )
