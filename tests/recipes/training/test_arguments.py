@@ -107,7 +107,7 @@ def test_a_server_is_found_where_trl_would_look_for_it(tmp_path, given, url):
     assert training_args.use_vllm is False
 
 
-@pytest.mark.bad_input("vllm")
+@pytest.mark.bad_input("a sampler's settings or server")
 @pytest.mark.parametrize(
     ("rollouts", "use_vllm", "adapter", "message"),
     [

@@ -132,7 +132,7 @@ def test_prompts_are_tokenized_as_the_trainer_does(make_trainer, prompt):
     assert _tokenize([prompt, prompt], trainer) == trainer._tokenize_prompts([prompt, prompt])[0]
 
 
-@pytest.mark.bad_input("vllm")
+@pytest.mark.bad_input("a sampler's settings or server")
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
@@ -154,33 +154,33 @@ def test_settings_that_it_would_not_keep_are_refused_by_name(make_trainer, chang
     assert next(iter(changed)).removeprefix("generation_kwargs") in str(caught.value)
 
 
-@pytest.mark.bad_input("vllm")
+@pytest.mark.bad_input("a sampler's settings or server")
 def test_options_of_an_engine_and_a_server_are_refused_together():
     with pytest.raises(ValueError, match="enforce_eager.*vllm serve"):
         AdapterRollout("http://localhost:1", enforce_eager=True)
 
 
-@pytest.mark.bad_input("vllm")
+@pytest.mark.bad_input("a sampler's settings or server")
 def test_a_server_without_a_scheme_is_refused():
     with pytest.raises(ValueError, match="http://localhost:8000"):
         AdapterRollout("localhost:8000")
 
 
-@pytest.mark.bad_input("vllm")
+@pytest.mark.bad_input("a sampler's settings or server")
 def test_without_vllm_the_command_to_install_it_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install"):
         AdapterRollout()
 
 
-@pytest.mark.bad_input("vllm")
+@pytest.mark.bad_input("a sampler's settings or server")
 def test_a_server_that_does_not_answer_is_named(make_trainer, rows):
     rollout = AdapterRollout("http://localhost:9")
     with pytest.raises(ConnectionError, match="localhost:9.*vllm serve"):
         rollout([rows[0]["prompt"]], make_trainer(rollout))
 
 
-@pytest.mark.bad_input("vllm")
+@pytest.mark.bad_input("a sampler's settings or server")
 def test_a_server_of_another_model_is_refused(stand_in, make_trainer, rows):
     stand_in.model = "Qwen/Qwen2.5-7B"
     rollout = AdapterRollout(stand_in.url)
@@ -189,7 +189,7 @@ def test_a_server_of_another_model_is_refused(stand_in, make_trainer, rows):
     assert not stand_in.requests
 
 
-@pytest.mark.bad_input("vllm")
+@pytest.mark.bad_input("a sampler's settings or server")
 @pytest.mark.parametrize(
     ("path", "status", "error", "words"),
     [
@@ -205,7 +205,7 @@ def test_what_a_server_refuses_is_said_in_its_words(stand_in, make_trainer, rows
         rollout([rows[0]["prompt"]], make_trainer(rollout))
 
 
-@pytest.mark.bad_input("vllm")
+@pytest.mark.bad_input("a sampler's settings or server")
 def test_a_model_without_the_adapter_is_refused(stand_in, make_trainer, rows):
     rollout = AdapterRollout(stand_in.url, adapter_name="other")
     with pytest.raises(ValueError, match="no TinyLoRA adapter 'other'"):
