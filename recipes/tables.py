@@ -33,8 +33,8 @@ def documents() -> dict[Path, str]:
     matrix = json.loads(launchers.RECORD.read_text(encoding="utf-8"))
     renewed = {path: replace_section(page, "distributed", launchers.table(matrix))}
     path = RECIPES.parent / "docs" / "merging-and-vllm.md"
-    record = json.loads((RESULTS / "sampling.json").read_text(encoding="utf-8"))
-    renewed[path] = replace_section(path.read_text(encoding="utf-8"), "sampling", sampling.table(record))
+    records = [json.loads(found.read_text(encoding="utf-8")) for found in sorted(RESULTS.glob("sampling*.json"))]
+    renewed[path] = replace_section(path.read_text(encoding="utf-8"), "sampling", sampling.table(records))
     numbers = published.read()
     for recipe in sorted({entry["recipe"] for entry in numbers["tables"]}):
         renewed[RECIPES / recipe / "README.md"] = published.renewed(recipe, numbers)

@@ -1,8 +1,9 @@
 """How far what vLLM samples is from the policy: TRL's transfer of merged weights beside `AdapterRollout`.
 
-    python recipes/benchmark.py sampling --models recipes/toy/base FOLDER_OF_SMOLLM2
+    python recipes/benchmark.py sampling
+    python recipes/benchmark.py sampling --model SMOLLM2 --prompts 16 --dtypes float32 --output ..._smollm2.json
 
-For each model, in float32 and bfloat16, and values of several sizes:
+In float32 and bfloat16, and for values of several sizes:
 
 * of what each sampler draws itself, mean |log p_sampler - log p_trainer| and KL(sampler, trainer), beside KL(sampler,
   base), by the estimator that is never negative, mean(exp(d) - 1 - d) with d = log p_trainer - log p_sampler;
@@ -140,6 +141,12 @@ def scored(llm, rows: list[tuple[list[int], list[int]]], request=None) -> torch.
     return torch.tensor(logs, dtype=torch.float64)
 
 
+def name_of(model: str) -> str:
+    """What a folder's model is called."""
+    folder = Path(model)
+    return "the toy" if folder.parent.name == "toy" else folder.name
+
+
 def slope(moved: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
     """Of what moved on what should have, by least squares through the origin, with its standard error."""
     square = exact @ exact
@@ -182,7 +189,7 @@ def measure_model(model: str, dtype: str, arguments: argparse.Namespace) -> dict
             for path in found:
                 at[path]["arrives"] = slope(moved[path], moved["exact"]) if size else None
             sizes.append(at)
-            print(f"{Path(model).name} {dtype} |v| {size:g}: {at}", flush=True)
+            print(f"{name_of(model)} {dtype} |v| {size:g}: {at}", flush=True)
 
         count = itertools.count(1)
 
@@ -194,14 +201,14 @@ def measure_model(model: str, dtype: str, arguments: argparse.Namespace) -> dict
         n_bytes = {"adapter": send(), "merged": sum(weight.nbytes for _, weight in transfer._iter_named_params())}
         times = in_turns({"adapter": send, "merged": transfer.sync_weights}, arguments.repeats)
         rollout.close()
-    return {"model": Path(model).name, "dtype": dtype, "sizes": sizes, "bytes": n_bytes, "seconds": times}
+    return {"model": name_of(model), "dtype": dtype, "sizes": sizes, "bytes": n_bytes, "seconds": times}
 
 
 def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict]:
-    """All models in both dtypes."""
-    found = [measure_model(model, dtype, arguments) for model in arguments.models for dtype in DTYPES]
-    # The record names models, not a machine's folders.
-    arguments.models = [Path(model).name for model in arguments.models]
+    """Each dtype."""
+    found = [measure_model(arguments.model, dtype, arguments) for dtype in arguments.dtypes]
+    # The record names the model, not a machine's folder.
+    arguments.model = name_of(arguments.model)
     rows = []
     for one in found:
         of, sizes = f"{one['model']} in {one['dtype']}", one["sizes"]
@@ -246,14 +253,14 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict]:
     return rows, {"models": found}
 
 
-def table(record: dict) -> str:
-    """The distances of a record as Markdown, for docs/merging-and-vllm.md."""
+def table(records: list[dict]) -> str:
+    """The distances of records as Markdown, for docs/merging-and-vllm.md."""
     lines = [
         "| model | trainer's dtype | size of v | merged: arrives | mean difference | KL | adapter: arrives "
         "| mean difference | KL | KL from the base |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for one in record["details"]["models"]:
+    for one in (found for record in records for found in record["details"]["models"]):
         for at in one["sizes"]:
             merged, adapter = at["merged"], at["adapter"]
             figures = [adapter["kl_from_base"]]
@@ -277,7 +284,8 @@ def _written(figure: float | dict | None) -> str:
 def main() -> None:
     """Measures and writes the record."""
     parser = parser_of(__doc__, "sampling")
-    parser.add_argument("--models", nargs="+", default=["recipes/toy/base"], help="folders of models in float32")
+    parser.add_argument("--model", default="recipes/toy/base", help="folder of a model in float32")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="dtypes of the trainer's model")
     parser.add_argument("--data", default="recipes/toy/data", help="folder of the prompts' rows")
     parser.add_argument("--prompts", type=int, default=64, help="how many prompts")
     parser.add_argument("--tokens", type=int, default=16, help="limit of a completion")
