@@ -39,7 +39,7 @@ NOT_RUN = {
     "make test-oldest": "this test is one of its tests",
     "make test-distributed": "an hour; tests/distributed/test_modes.py runs a part of it",
     "make test-vllm": "an environment of its own, with the real vLLM",
-    "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve": "a server; tests/with_vllm/test_server.py starts one of these options",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve": "a server; tests/with_vllm/test_server.py starts one",
     "llama-cli": "llama.cpp's program; tests/with_llama_cpp/test_gguf_adapter.py has llama.cpp read such a file",
     "llama-server": "llama.cpp's program, as llama-cli",
     "make bench": "half an hour; tests/recipes/test_benchmarks.py runs each script on small sizes",
