@@ -277,7 +277,7 @@ def _written(figure: float | dict | None) -> str:
     if figure is None:
         return ""
     if isinstance(figure, dict):
-        return f"{figure['slope']:.2f}" if figure["error"] < LARGEST_ERROR else "noise"
+        return f"{figure['slope']:.2f} ± {figure['error']:.2f}" if figure["error"] < LARGEST_ERROR else "noise"
     return f"{figure:.2g}"
 
 
