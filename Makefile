@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV := .venv
 CONSTRAINTS := constraints.txt
+SELECTED :=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 VLLM := .venv-vllm
@@ -18,7 +19,7 @@ help:
 	@echo "make compare       RL against SFT on the toy, quick preset"
 	@echo "make compare-full  every arm, size and control, 3 seeds; within an hour on two cores"
 	@echo "make test          the tests, on CPU, without network"
-	@echo "make test-oldest   the same with the oldest versions that setup.cfg allows, in an environment of its own"
+	@echo "make test-oldest   the same, in one process, with the oldest versions that setup.cfg allows, in another environment"
 	@echo "make test-distributed  every launcher, tying, checkpointing and accumulation; about half an hour"
 	@echo "make test-vllm     with the real vLLM on a CPU, in an environment of its own"
 	@echo "make test-llama-cpp  llama.cpp reads exported adapters; builds it in ten minutes, in .venv-llama-cpp"
@@ -46,10 +47,11 @@ compare-full: $(INSTALLED)
 	$(BIN)/python recipes/compare.py --config recipes/toy/compare.yaml
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(SELECTED)
 
 test-oldest:
-	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt \
+		SELECTED="--ignore tests/distributed"
 
 test-distributed: $(INSTALLED)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -v -m slow tests/distributed
