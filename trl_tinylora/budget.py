@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Optional, Union
 
-from .maths.tying import assign_groups, module_type
+from .maths.tying import assign_groups, kinds_of
 
 
 def nearest_budget(
@@ -14,7 +14,7 @@ def nearest_budget(
     n_values: int,
     *,
     r: int,
-    tying: str,
+    tying: Union[str, Mapping[str, str]],
     modules_add_freedom: bool,
     u: Optional[int] = None,
     n_tie: Optional[Union[int, str]] = None,
@@ -26,7 +26,7 @@ def nearest_budget(
         names (`Sequence[str]`): Names of the adapted modules in depth order.
         n_values (`int`): Wanted number of trained values.
         r (`int`): Rank of the adapter; a group has at most r*r degrees of freedom per module.
-        tying (`str`): `"tiled"` or `"structured"`.
+        tying (`str` or `Mapping[str, str]`): As of [`~trl_tinylora.maths.tying.kinds_of`].
         modules_add_freedom (`bool`): Whether each module of a group has matrices P of its own, so that every further
             module adds r*r degrees of freedom to the group.
         u (`int`, *optional*): Values per group, where it is fixed.
@@ -35,7 +35,7 @@ def nearest_budget(
     Returns:
         `tuple[int, int | str, int]`: `u`, `n_tie` and the number of values they make.
     """
-    largest = max(Counter(["" if tying == "tiled" else module_type(name) for name in names]).values())
+    largest = max(Counter(kinds_of(names, tying)).values())
     best = None
     for tied in [n_tie] if n_tie is not None else range(1, largest + 1):
         sizes = Counter(assign_groups(names, tied, tying)).values()

@@ -65,10 +65,12 @@ class TinyLoraConfig(PeftConfig):
             Trained values per group of modules. Beyond `r * r * n_tie` further values only rescale the step.
         n_tie (`int` or `"all"`, *optional*, defaults to `1`):
             Modules that share one vector v. The last group of a kind is smaller where the number does not divide.
-            `"all"` shares among all modules (`tying="tiled"`) or among all modules of a type (`tying="structured"`).
-        tying (`str`, *optional*, defaults to `"tiled"`):
+            `"all"` shares among all modules (`tying="tiled"`) or among all modules of a kind (`tying` otherwise).
+        tying (`str` or `dict[str, str]`, *optional*, defaults to `"tiled"`):
             Which modules share: `"tiled"`, consecutive modules in depth order whatever their type; `"structured"`,
-            modules of one type at consecutive depths (section 6.5).
+            modules of one type at consecutive depths (section 6.5); or kinds by name, each a regular expression that is
+            searched for in the modules' names, as in `{"attention": "self_attn", "mlp": "mlp"}`, in exactly one of
+            which every adapted module is.
         projection (`str`, *optional*, defaults to `"gaussian"`):
             `"gaussian"`: P ~ N(0, 1/r), its own for every module (the paper does not state the distribution).
             `"basis"`: P_k is the k-th matrix of the standard basis of the r x r matrices, at most `r * r` of them; with
@@ -133,7 +135,7 @@ class TinyLoraConfig(PeftConfig):
     r: int = 2
     u: int = 1
     n_tie: Union[int, str] = 1
-    tying: Literal["tiled", "structured"] = "tiled"
+    tying: Union[Literal["tiled", "structured"], dict[str, str]] = "tiled"
     projection: Literal["gaussian", "basis"] = "gaussian"
     projection_seed: int = 0
     target_modules: Optional[Union[list[str], str]] = "all-linear"

@@ -36,7 +36,8 @@ def refuse_wrong_fields(config: TinyLoraConfig) -> None:
         if isinstance(config.n_tie, str):
             raise ValueError(f'`n_tie` must be an integer or "all", got {config.n_tie!r}.')
         refuse_no_count("n_tie", config.n_tie)
-    for name, choices in (("tying", TYINGS), ("projection", PROJECTIONS), ("save_dtype", SAVE_DTYPES)):
+    _refuse_wrong_tying(config.tying)
+    for name, choices in (("projection", PROJECTIONS), ("save_dtype", SAVE_DTYPES)):
         if getattr(config, name) not in choices:
             raise ValueError(f"`{name}` must be one of {choices}, got {getattr(config, name)!r}.")
     _refuse_no_integer("projection_seed", config.projection_seed)
@@ -67,6 +68,23 @@ def refuse_no_count(name: str, value: object) -> None:
 def _refuse_no_integer(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"`{name}` must be an integer, got {value!r} of type {type(value).__name__}.")
+
+
+def _refuse_wrong_tying(tying: object) -> None:
+    if isinstance(tying, str) and tying in TYINGS:
+        return
+    if not isinstance(tying, dict) or not tying:
+        raise ValueError(
+            f"`tying` must be one of {TYINGS}, or regular expressions by a name of their modules, as in "
+            f'{{"attention": "self_attn", "mlp": "mlp"}}; got {tying!r}.'
+        )
+    for kind, pattern in tying.items():
+        if not (isinstance(kind, str) and isinstance(pattern, str)):
+            raise TypeError(f"`tying` must have texts as names and expressions, got {kind!r}: {pattern!r}.")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"`tying` has {kind!r}: {pattern!r}, which is no regular expression: {error}.") from error
 
 
 def _refuse_wrong_targets(config: TinyLoraConfig) -> None:

@@ -4,6 +4,7 @@ They stand beside TRL's own `GRPOConfig`, `SFTConfig` and `ModelConfig`; nothing
 """
 
 import importlib
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -139,7 +140,8 @@ class AdapterArguments:
         r (`int`, *optional*): Rank of the frozen singular factors.
         u (`int`, *optional*): Trained values of a group of modules.
         n_tie (`int` or `"all"`, *optional*): Modules that share one group of values.
-        tying (`str`, *optional*): `"tiled"` or `"structured"`.
+        tying (`str` or `dict`, *optional*): `"tiled"`, `"structured"`, or regular expressions by a name of their
+            modules: a mapping in YAML, JSON on the command line.
         projection (`str`, *optional*): `"gaussian"` or `"basis"`.
         projection_seed (`int`, *optional*): Seed of the fixed random projections.
         target_modules (`list[str]`, *optional*): Names of the modules that TinyLoRA adapts.
@@ -158,7 +160,7 @@ class AdapterArguments:
     r: int | None = field(default=None, metadata={"help": "Rank of TinyLoRA's frozen singular factors."})
     u: int | None = field(default=None, metadata={"help": "Trained values of a group of modules."})
     n_tie: str | None = field(default=None, metadata={"help": "Modules that share one group of values, or 'all'."})
-    tying: str | None = field(default=None, metadata={"help": "'tiled' or 'structured'."})
+    tying: str | None = field(default=None, metadata={"help": "'tiled', 'structured' or a mapping."})
     projection: str | None = field(default=None, metadata={"help": "'gaussian' or 'basis'."})
     projection_seed: int | None = field(default=None, metadata={"help": "Seed of the fixed random projections."})
     target_modules: list[str] | None = field(default=None, metadata={"help": "Modules that TinyLoRA adapts."})
@@ -174,6 +176,11 @@ class AdapterArguments:
                 self.n_tie = int(self.n_tie)
             except ValueError as error:
                 raise ValueError(f"n_tie must be an integer or 'all', got {self.n_tie!r}") from error
+        if isinstance(self.tying, str) and self.tying.startswith("{"):
+            try:
+                self.tying = json.loads(self.tying)
+            except ValueError as error:
+                raise ValueError(f"tying={self.tying!r} is no JSON: {error}") from error
         chosen = self.tinylora_fields()
         if self.adapter != "tinylora":
             given = {("kept_dtype" if name == "save_dtype" else name): value for name, value in chosen.items()}

@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, Qwen2Config
 
 from trl_tinylora import TinyLoraConfig, TinyLoraPeftType
@@ -81,7 +81,7 @@ def test_the_only_text_for_n_tie_is_all():
 
 @pytest.mark.bad_input("a field of the configuration")
 def test_unknown_tying_is_refused():
-    with pytest.raises(ValueError, match=r"`tying` must be one of \('tiled', 'structured'\), got 'full'"):
+    with pytest.raises(ValueError, match=r"`tying` must be one of \('tiled', 'structured'\), or .*; got 'full'"):
         TinyLoraConfig(tying="full")
 
 
@@ -393,3 +393,31 @@ def test_a_meta_model_is_left_as_it_was():
 
     assert list(model.state_dict()) == before
     assert next(model.parameters()).device == torch.device("meta")
+
+
+def test_a_budget_is_found_for_kinds_that_are_named(tiny_qwen2):
+    tying = {"attention": "self_attn", "mlp": "mlp"}
+    config = TinyLoraConfig.for_budget(tiny_qwen2(), 26, tying=tying, n_tie="all")
+    assert (config.u, config.n_tie, config.tying) == (13, "all", tying)
+    # 8 and 6 modules: two groups of each kind without a fixed number of modules.
+    config = TinyLoraConfig.for_budget(tiny_qwen2(), 4, tying=tying)
+    assert (config.u, config.n_tie) == (1, 4)
+
+
+def test_kinds_that_are_named_survive_saving_and_loading(tiny_qwen2, tmp_path):
+    tying = {"mlp": "mlp", "attention": "self_attn"}
+    model = get_peft_model(tiny_qwen2(), TinyLoraConfig(tying=tying, n_tie="all", u=2))
+    with torch.no_grad():
+        model.base_model.bank.trl_tinylora_v["default"].values_GK.copy_(torch.tensor([[0.1, 0.2], [0.3, -0.4]]))
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor([[3, 4, 5]])
+    loaded = PeftModel.from_pretrained(tiny_qwen2(), tmp_path)
+    assert loaded.peft_config["default"].tying == tying
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    # One that ties in another way is another function.
+    fields["tying"]["mlp"], fields["tying"]["attention"] = "self_attn", "mlp"
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="tying"):
+        PeftModel.from_pretrained(tiny_qwen2(), tmp_path)
+    assert "tied by attention (`self_attn`), mlp (`mlp`)" in (tmp_path / "README.md").read_text()

@@ -32,6 +32,9 @@ def describe(fields: Mapping, values_GK: torch.Tensor) -> str:
     base, fingerprint = fields["base_model_name_or_path"], fields["base_fingerprint"]
     revision = f" (revision {fields['revision']})" if fields["revision"] else ""
     listed = "\n".join(" ".join(f"{value:.8g}" for value in row) for row in values_GK.float().tolist())
+    tying = fields["tying"]
+    if isinstance(tying, dict):
+        tying = "tied by " + ", ".join(f"{kind} (`{pattern}`)" for kind, pattern in sorted(tying.items()))
     shown = f"\n```\n{listed}\n```\n" if count <= MOST_VALUES else ""
     return f"""## TinyLoRA
 
@@ -41,7 +44,7 @@ Parameters" ([arXiv:2602.04118](https://arxiv.org/abs/2602.04118)): in each of {
     W' = W + U S (sum_k v_k P_k) V^T
 
 with U, S, V the truncated SVD of W at rank {fields["r"]}, P fixed matrices (seed {fields["projection_seed"]}) and v \
-the values: {groups} groups of {u}, n_tie = {fields["n_tie"]}, {fields["tying"]}.
+the values: {groups} groups of {u}, n_tie = {fields["n_tie"]}, {tying}.
 {shown}
 Base model: {f"`{base}`" if base else "not named"}{revision}. `base_fingerprint` in adapter_config.json identifies its \
 weights (modules {fingerprint["names"]}); another base is refused.

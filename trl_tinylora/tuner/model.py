@@ -125,12 +125,12 @@ class TinyLoraModel(BaseTuner):
         config = self.peft_config[adapter_name]
         names = resolve_target_modules(model, config)
         refuse_too_large(config, len(names))
+        shape = count_groups(names, config.n_tie, config.tying), config.u
         block = first_block(model, names)
         if config.n_tie == "all" or config.n_tie > len(names):
             config.warn_if_redundant(len(names))
         factors, measured = compute_factors(model, bank, names, config.r)
         warn_of_zeros({name: measured[name].probe.scale for name in names})
-        shape = count_groups(names, config.n_tie, config.tying), config.u
         refuse_unfit(adapter_name, config, {name: measured[name].probe for name in names}, shape)
         recovered = recover_factors(model, factors, config)
         rotated = {name: config.singular_bases[name] for name in recovered}

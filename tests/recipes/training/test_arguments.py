@@ -120,3 +120,14 @@ def test_rollouts_that_cannot_be_are_refused(tmp_path, rollouts, use_vllm, adapt
     training_args = trl.GRPOConfig(str(tmp_path), use_vllm=use_vllm, use_cpu=True, bf16=False)
     with pytest.raises(ValueError, match=message):
         RLArguments("rows", rollouts=rollouts).rollout_function(training_args, AdapterArguments(adapter=adapter))
+
+
+def test_tying_by_expressions_comes_from_yaml_or_from_json_on_the_command_line(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("tying: {attention: self_attn, mlp: mlp}\n")
+    parser = trl.TrlParser([AdapterArguments])
+    (of_yaml,) = parser.parse_args_and_config(["--config", str(tmp_path / "recipe.yaml")])
+    (given,) = parser.parse_args_and_config(["--tying", '{"attention": "self_attn", "mlp": "mlp"}'])
+    assert of_yaml.tying == given.tying == {"attention": "self_attn", "mlp": "mlp"}
+    assert build_peft_config(given, trl.ModelConfig("any")).tying == given.tying
+    with pytest.raises(ValueError, match="is no JSON"):
+        AdapterArguments(tying="{attention")

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from trl_tinylora import TinyLoraConfig
-from trl_tinylora.maths.tying import assign_groups, count_groups, module_type
+from trl_tinylora.maths.tying import assign_groups, count_groups, kinds_of, module_type
 from trl_tinylora.tuner.targets import resolve_target_modules
 
 
@@ -142,3 +142,36 @@ def test_structured_types_may_be_of_different_sizes():
 )
 def test_the_first_number_of_a_name_is_its_depth(name, expected):
     assert module_type(name) == expected
+
+
+ATTENTION_AND_MLP = {"attention": "self_attn", "mlp": "mlp"}
+
+
+def test_expressions_tie_by_part_of_the_block_whatever_their_order():
+    names = names_of("Qwen2.5-7B")
+    groups = assign_groups(names, "all", ATTENTION_AND_MLP)
+    assert groups == [int("mlp" in name) for name in names]
+    # A saved configuration holds its keys in the order of the alphabet.
+    assert assign_groups(names, "all", dict(reversed(ATTENTION_AND_MLP.items()))) == groups
+    assert count_groups(names, 16, ATTENTION_AND_MLP) == 7 + 6
+
+
+def test_tying_by_the_names_of_all_types_is_structured_tying():
+    names = names_of("Qwen2.5-0.5B")
+    by_type = {kind: rf"\.{kind.replace('.', '[.]')}$" for kind in TYPES}
+    for n_tie in (1, 5, "all"):
+        assert assign_groups(names, n_tie, by_type) == assign_groups(names, n_tie, "structured")
+
+
+@pytest.mark.bad_input("a model or a configuration that does not fit")
+@pytest.mark.parametrize(
+    ("tying", "words"),
+    [
+        ({"attention": "self_attn"}, r"for 72: model.layers.0.mlp.gate_proj \(none\)"),
+        ({"all": "layers", "mlp": "mlp"}, r"for 72: model.layers.0.mlp.gate_proj \(all and mlp\)"),
+        ({"typo": "atention"}, "for 168: .*, ...\\. Change the expressions"),
+    ],
+)
+def test_expressions_that_find_a_module_not_exactly_once_are_refused_with_the_modules(tying, words):
+    with pytest.raises(ValueError, match=words):
+        kinds_of(names_of("Qwen2.5-0.5B"), tying)

@@ -99,6 +99,8 @@ def test_the_adapted_model_starts_as_the_base_model_bit_for_bit(tiny_model, toke
         ({"n_tie": "all", "u": 2}, 2),
         ({"n_tie": 4, "u": 3}, 12),
         ({"n_tie": 2, "tying": "structured"}, 7),
+        ({"n_tie": "all", "u": 13, "tying": {"attention": "self_attn", "mlp": "mlp"}}, 26),
+        ({"n_tie": 4, "tying": {"attention": "self_attn", "mlp": "mlp"}}, 4),
         ({"u": 4, "projection": "basis"}, 56),
         ({"target_modules": ["q_proj", "v_proj"]}, 4),
         ({"target_modules": r".*\.layers\.1\.mlp\..*_proj"}, 3),

@@ -28,6 +28,8 @@ VARIANTS = {
     "tied by 3": {"n_tie": 3, "u": 2},
     "tied by 4, structured": {"n_tie": 4, "u": 3, "tying": "structured"},
     "structured, one vector a type": {"n_tie": "all", "tying": "structured"},
+    "attention and MLP, one vector each": {"n_tie": "all", "u": 3, "tying": {"mlp": "mlp", "attention": "self_attn"}},
+    "attention and MLP, tied by 3": {"n_tie": 3, "u": 2, "tying": {"attention": r"\.self_attn\.", "rest": r"\.mlp\."}},
     "all tied": {"n_tie": "all", "u": 5},
     "rank 1": {"r": 1, "n_tie": 2},
     "rank 3": {"r": 3, "u": 4, "n_tie": 5},
@@ -71,9 +73,12 @@ class Reference:
         return next(int(part) for part in name.split(".") if part.isdigit())
 
     def tie(self, n_tie, tying):
-        """Tiled: neighbours in depth order share. Structured: neighbours in depth of one type share."""
+        """Neighbours in depth order share; structured, those of one type; by expressions, those of one part."""
         if tying == "tiled":
             runs = [self.names]
+        elif isinstance(tying, dict):
+            # In depth order attention comes first, whatever the mapping's order.
+            runs = [[n for n in self.names if part in n] for part in ("self_attn", "mlp")]
         else:
             types = list(dict.fromkeys(name.replace(f".{self.depth(name)}.", ".") for name in self.names))
             runs = [[n for n in self.names if n.replace(f".{self.depth(n)}.", ".") == kind] for kind in types]
