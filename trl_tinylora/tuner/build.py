@@ -21,7 +21,7 @@ from ..storage.checkpoint import MAX_UNCERTAINTY
 from ..storage.fingerprint import Measured, probes_needed, take_probe
 from .bank import TinyLoraBank
 from .layer import Linear
-from .targets import as_OI, unwrap
+from .targets import as_OI, unwrap, weight_of
 
 
 def compute_factors(
@@ -129,7 +129,7 @@ def _whole_weight(name: str, module: nn.Module) -> Iterator[torch.Tensor]:
         )
     try:
         with gathered([linear.weight]):
-            weight = module.unmerged_weight() if isinstance(module, Linear) else linear.weight.data
+            weight = module.unmerged_weight() if isinstance(module, Linear) else weight_of(linear)
             yield as_OI(linear, whole(weight))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
