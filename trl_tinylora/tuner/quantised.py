@@ -14,7 +14,7 @@ def of_bitsandbytes_4bit(linear: nn.Module) -> torch.Tensor:
     """Returns the weight of a `bitsandbytes.nn.Linear4bit`, in the dtype that it was quantised from.
 
     Raises:
-        ValueError: If it is not quantised yet.
+        ValueError: If it is not quantised yet, or repacked for inference.
     """
     from bitsandbytes.functional import dequantize_4bit
 
@@ -22,8 +22,11 @@ def of_bitsandbytes_4bit(linear: nn.Module) -> torch.Tensor:
     if getattr(weight, "quant_state", None) is None:
         raise ValueError(_not_yet(linear))
     if getattr(weight.quant_state, "packing_format_for_cpu", False):
-        # Repacked for inference on a CPU with AVX512-BF16; reading the state puts the usual order back, in place.
-        linear.state_dict()
+        # The library's own inverse leaves the scales transposed (bitsandbytes 0.50.2, functional.py:1730-1795).
+        raise ValueError(
+            "bitsandbytes has repacked its weight for inference on this CPU (AVX512-BF16), which cannot be undone. Make "
+            "or load the adapter before the model's first forward pass in evaluation mode"
+        )
     return dequantize_4bit(weight.data, weight.quant_state)
 
 
