@@ -75,16 +75,17 @@ def test_in_bfloat16_the_gradient_is_as_exact_as_without_quantisation(make, make
     def error(base):
         model = get_peft_model(base, TinyLoraConfig(**FIELDS)).train()
         squares = 0
-        for seed in range(6):
+        for seed in range(12):
             set_values(model, seed=seed)
             model.zero_grad()
             loss_of(model).backward()
             (expected,) = expected_gradients(make_model(torch.float64), model, loss_of)
             squares += float((values_of(model).grad.double() - expected).norm() / expected.norm()) ** 2
-        return (squares / 6) ** 0.5
+        return (squares / 12) ** 0.5
 
-    # The roundings of the activations, as many of them: 4% to 6% measured in all four.
-    assert error(make(kind, torch.bfloat16)) < 1.5 * error(make_model(torch.bfloat16)) < 0.15
+    # Roundings of activations, about as many in each: 4% to 6% measured in all four. A root mean square of 12 scatters
+    # by a fifth.
+    assert error(make(kind, torch.bfloat16)) < 2 * error(make_model(torch.bfloat16)) < 0.15
 
 
 def test_a_gradient_that_a_base_layer_swallows_is_an_error(make_model):
