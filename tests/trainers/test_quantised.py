@@ -1,4 +1,4 @@
-"""TRL's own trainers on quantised base models, which they load themselves. CPU, no network; skipped without libraries."""
+"""TRL's own trainers on quantised base models, which they load themselves. CPU; skipped where a library is missing."""
 
 import pytest
 import torch
@@ -50,7 +50,9 @@ def test_the_trainers_own_argument_quantises_as_well(base_folder, arguments, row
 
 def test_checkpointing_changes_no_step(sft, values):
     def trained(**args):
-        return values(sft(TinyLoraConfig(), model_init_kwargs={"quantization_config": quantisation("nf4")}, **args).model)
+        return values(
+            sft(TinyLoraConfig(), model_init_kwargs={"quantization_config": quantisation("nf4")}, **args).model
+        )
 
     without = trained(gradient_checkpointing=False)
     for use_reentrant in (True, False):

@@ -24,8 +24,8 @@ def of_bitsandbytes_4bit(linear: nn.Module) -> torch.Tensor:
     if getattr(weight.quant_state, "packing_format_for_cpu", False):
         # The library's own inverse leaves the scales transposed (bitsandbytes 0.50.2, functional.py:1730-1795).
         raise ValueError(
-            "bitsandbytes has repacked its weight for inference on this CPU (AVX512-BF16), which cannot be undone. Make "
-            "or load the adapter before the model's first forward pass in evaluation mode"
+            "bitsandbytes has repacked its weight for inference on this CPU (AVX512-BF16), which cannot be undone. "
+            "Make or load the adapter before the model's first forward pass in evaluation mode"
         )
     return dequantize_4bit(weight.data, weight.quant_state)
 

@@ -223,4 +223,3 @@ def test_importing_the_package_imports_no_quantisation_library():
         [sys.executable, "-c", code.replace("trl_tinylora", "peft, trl")], capture_output=True, text=True, check=True
     )
     assert not {"bitsandbytes", "torchao"} & (set(result.stdout.split()) - set(plain.stdout.split()))
-
