@@ -1,4 +1,4 @@
-"""`load_in_4bit` and `load_in_8bit`, TRL's own keys, in the recipes: trained, saved, evaluated on the toy. CPU, no network."""
+"""`load_in_4bit` and `load_in_8bit` in the recipes: trained, saved, evaluated on the toy. CPU, no network."""
 
 import json
 from pathlib import Path

@@ -37,6 +37,11 @@ KNOWN_QUANTISED = {
     "torchao.quantization.IntxUnpackedToInt8Tensor": of_torchao,
     "torchao.quantization.Float8Tensor": of_torchao,
 }
+# What makes transformers dequantise a checkpoint while it loads, by the library whose layers are there otherwise.
+DEQUANTISED_BY = {
+    "compressed_tensors": "CompressedTensorsConfig(dequantize=True)",
+    "transformers.integrations.finegrained_fp8": "FineGrainedFP8Config(dequantize=True)",
+}
 
 
 def skeleton(model_or_config: Union[nn.Module, PretrainedConfig]) -> nn.Module:
@@ -120,6 +125,15 @@ def resolve_target_modules(model: nn.Module, config: TinyLoraConfig) -> list[str
     inside_adapters = tuple(
         f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer) and name
     )
+    if is_all_linear(asked_for):
+        # Those of quantisation libraries that PEFT does not take for linear layers: named, and not left out in silence.
+        config.target_modules |= {
+            name
+            for name, module in model.named_modules()
+            if "Linear" in type(module).__name__
+            and hasattr(module, "in_features")
+            and not isinstance(module, (nn.Linear, BaseTunerLayer))
+        }
     names = [
         name
         for name, _ in model.named_modules()
@@ -160,14 +174,20 @@ def resolve_target_modules(model: nn.Module, config: TinyLoraConfig) -> list[str
 
 def _refuse_unknown(name: str, linear: nn.Module, asked_for: Union[str, Collection[str]]) -> None:
     """Raises `ValueError` where a layer is neither one of [`KNOWN_LAYERS`] in a dtype of its own nor quantised."""
-    weight = getattr(linear, "weight", None)
+    weight, place = getattr(linear, "weight", None), f"{type(linear).__module__}.{type(linear).__name__}"
+    # compressed-tensors leaves the class as it is, and gives each layer a forward of its own.
+    is_compressed = hasattr(linear, "quantization_scheme")
+    place = f"compressed_tensors {place}" if is_compressed else place
+    loaded = next((how for library, how in DEQUANTISED_BY.items() if place.startswith(library)), None)
     way_out = (
-        "Name linear layers only, put it into `exclude_modules`, or load the model unquantised or in one of the "
+        f"Load the model with `quantization_config={loaded}`, which gives weights in floating point."
+        if loaded
+        else "Name linear layers only, put it into `exclude_modules`, or load the model unquantised or in one of the "
         "quantisations that docs/bases.md lists."
     )
-    if type(linear).forward not in {known.forward for known in KNOWN_LAYERS}:
+    if is_compressed or type(linear).forward not in {known.forward for known in KNOWN_LAYERS}:
         raise ValueError(
-            f"target_modules={asked_for!r} matches {name}, a {type(linear).__module__}.{type(linear).__name__}; "
+            f"target_modules={asked_for!r} matches {name}, a {place}; "
             f"TinyLoRA adapts `torch.nn.Linear`, `Conv1D` and quantised layers of bitsandbytes and torchao. {way_out}"
         )
     if not type(weight).__module__.startswith("torch."):

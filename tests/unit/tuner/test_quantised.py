@@ -4,6 +4,8 @@ Adapters on quantised base models: factors and gradients of the dequantised weig
 The libraries' own kernels on the CPU, seconds; skipped where a library is not installed.
 """
 
+import json
+import shutil
 import subprocess
 import sys
 
@@ -12,8 +14,10 @@ import torch
 from peft import PeftModel, get_peft_model
 from plain_autograd import checkpointed, expected_gradients, set_values, values_of
 from quantisations import BITSANDBYTES, KINDS, quantisation
+from safetensors.torch import load_file, save_file
 from tiny import layers_of
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from trl_tinylora import TinyLoraConfig
 from trl_tinylora.maths.svd import truncated_svd
@@ -223,3 +227,76 @@ def test_importing_the_package_imports_no_quantisation_library():
         [sys.executable, "-c", code.replace("trl_tinylora", "peft, trl")], capture_output=True, text=True, check=True
     )
     assert not {"bitsandbytes", "torchao"} & (set(result.stdout.split()) - set(plain.stdout.split()))
+
+
+# What is refused, by name and with the way out
+
+
+def refused(model, names, words):
+    before = [type(module) for module in model.modules()]
+    for target_modules in (["o_proj"], "all-linear"):
+        with pytest.raises(ValueError, match=f"o_proj, a {names}; TinyLoRA adapts .*{words}"):
+            get_peft_model(model, TinyLoraConfig(target_modules=target_modules))
+        assert [type(module) for module in model.modules()] == before
+
+
+def test_float8_layers_are_refused_and_their_checkpoint_is_loaded_dequantised(make_model, base_folder, tmp_path):
+    from transformers.integrations.finegrained_fp8 import FP8Linear
+
+    model = make_model()
+    model.model.layers[1].self_attn.o_proj = FP8Linear(32, 32, block_size=(128, 128))
+    refused(model, r"transformers\.\S*finegrained_fp8\.FP8Linear", r"FineGrainedFP8Config\(dequantize=True\)")
+    # On a machine without a GPU transformers does that by itself.
+    folder = write_float8(base_folder, tmp_path / "float8")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), TinyLoraConfig())
+    set_values(model)
+    loss_of(model.train()).backward()
+    assert values_of(model).grad.abs().min() > 0
+    model.merge_and_unload()
+
+
+def write_float8(base_folder, folder):
+    """The tiny model as a checkpoint of float8 weights with a scale for each block of 128 x 128."""
+    shutil.copytree(base_folder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        scale = tensors[name].abs().max() / torch.finfo(torch.float8_e4m3fn).max
+        tensors[name] = (tensors[name] / scale).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scale.reshape(1, 1)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": settings}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_compressed_tensors_are_refused_by_name(make_model):
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    model = make_model()
+    config = quantization.QuantizationConfig(config_groups={"W8A16": ["re:.*layers.1.*o_proj"]})
+    quantization.apply_quantization_config(model, config)
+    refused(model, "compressed_tensors torch.*Linear", r"CompressedTensorsConfig\(dequantize=True\)")
+    # Packed, they have no weight.
+    del model.model.layers[1].self_attn.o_proj.weight
+    refused(model, "compressed_tensors torch.*Linear", r"CompressedTensorsConfig\(dequantize=True\)")
+
+
+def test_hqq_is_refused_by_name(make_model):
+    hqq = pytest.importorskip("hqq.core.quantize")
+    model = make_model()
+    layer = nn.Linear(64, 64, bias=False)
+    config = hqq.BaseQuantizeConfig(nbits=4, group_size=64)
+    layer = hqq.HQQLinear(layer, config, compute_dtype=torch.float32, device="cpu")
+    model.model.layers[1].self_attn.o_proj = layer
+    refused(model, r"hqq\.core\.quantize\.HQQLinear", "docs/bases.md")
+
+
+@pytest.mark.parametrize("library", ["gptqmodel.nn_modules.qlinear.torch", "awq.modules.linear.gemm"])
+def test_layers_of_other_libraries_are_refused_by_name(make_model, library):
+    # Neither library loads a model without a GPU; their layers have these attributes.
+    layer = type("QuantLinear", (nn.Module,), {"__module__": library, "in_features": 32, "out_features": 32})
+    model = make_model()
+    model.model.layers[1].self_attn.o_proj = layer()
+    refused(model, rf"{library}\.QuantLinear", "docs/bases.md")
+    # Left out by name, the others are adapted.
+    assert len(layers_of(get_peft_model(model, TinyLoraConfig(exclude_modules=["o_proj"])))) == 12
