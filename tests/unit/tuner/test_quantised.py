@@ -293,7 +293,7 @@ def test_hqq_is_refused_by_name(make_model):
 
 @pytest.mark.parametrize("library", ["gptqmodel.nn_modules.qlinear.torch", "awq.modules.linear.gemm"])
 def test_layers_of_other_libraries_are_refused_by_name(make_model, library):
-    # Neither library loads a model without a GPU; their layers have these attributes.
+    # They have a class for each kernel, no weight, and these attributes.
     layer = type("QuantLinear", (nn.Module,), {"__module__": library, "in_features": 32, "out_features": 32})
     model = make_model()
     model.model.layers[1].self_attn.o_proj = layer()
