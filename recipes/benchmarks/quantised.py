@@ -3,7 +3,7 @@ Values trained on a quantised base and used on the full-precision one, and the o
 
     python recipes/benchmark.py quantised
 
-The toy's RL recipe is run on its base in full precision, in 8 bits and in 4 (nf4), by `load_in_8bit` and `load_in_4bit`.
+The toy's RL recipe is run on its base in full precision, in 8 bits (`load_in_8bit`) and in 4 (nf4, `load_in_4bit`).
 What is trained on one is used on the other two in two ways: its values on the singular vectors of those weights
 (`other_base=True`), and its update as it is (`export_lora`, loaded as a LoRA). Needs bitsandbytes.
 """
@@ -100,8 +100,8 @@ def table(record: dict) -> str:
     lines.append(f"| untrained | {' | '.join(f'{share:.1%}' for share in details['untrained'].values())} |")
     ending = "one seed" if len(seeds) == 1 else f"the mean of {len(seeds)} seeds"
     return "\n".join(lines) + (
-        f"\n\nGreedy accuracy on {record['arguments']['problems']} problems, {ending}: the values on the singular vectors "
-        "of those weights (`other_base=True`) / the update as it is (`export_lora`)."
+        f"\n\nGreedy accuracy on {record['arguments']['problems']} problems, {ending}: the values on the singular "
+        "vectors of those weights (`other_base=True`) / the update as it is (`export_lora`)."
     )
 
 
