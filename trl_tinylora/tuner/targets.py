@@ -187,10 +187,10 @@ def _refuse_unknown(name: str, linear: nn.Module, asked_for: Union[str, Collecti
     )
     if is_compressed or type(linear).forward not in {known.forward for known in KNOWN_LAYERS}:
         raise ValueError(
-            f"target_modules={asked_for!r} matches {name}, a {place}; "
-            f"TinyLoRA adapts `torch.nn.Linear`, `Conv1D` and quantised layers of bitsandbytes and torchao. {way_out}"
+            f"target_modules={asked_for!r} matches {name}, a {place}; TinyLoRA "
+            f"adapts `torch.nn.Linear`, `Conv1D` and quantised layers of bitsandbytes and torchao. {way_out}"
         )
-    if not type(weight).__module__.startswith("torch."):
+    if type(weight).__module__.partition(".")[0] != "torch":
         raise ValueError(
             f"the weight of {name} is a {type(weight).__module__}.{type(weight).__name__}, of which TinyLoRA knows no "
             f"dequantisation. {way_out}"
