@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 VLLM := .venv-vllm
 CODE := trl_tinylora recipes tests docs
-BENCHMARKS := build step merge fidelity many_adapters imports saved
+BENCHMARKS := build step merge fidelity many_adapters imports saved quantised
 # ruff reads no setup.cfg, so its options stand here.
 RUFF := --line-length 120 --target-version py310
 RULES := --select E,F,I,W,B,UP,RUF100 --ignore B028,UP007,UP035,UP045 --config 'lint.isort.lines-after-imports=2'

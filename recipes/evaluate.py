@@ -62,6 +62,11 @@ def main(model_args: trl.ModelConfig, evaluation_args: EvaluationArguments) -> d
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is missing: name the model to evaluate")
     if args.backend == "vllm":
+        if model_args.load_in_8bit or (model_args.load_in_4bit and model_args.bnb_4bit_quant_type != "nf4"):
+            raise ValueError(
+                "vLLM quantises to 4 bits, nf4, while it loads and to nothing else: set load_in_4bit with "
+                "bnb_4bit_quant_type nf4, or backend to transformers"
+            )
         refuse_missing_vllm()
     refuse_unfit_base(model_args.model_name_or_path, model_args.model_revision)
     if args.adapter_path is not None:
@@ -86,6 +91,7 @@ def main(model_args: trl.ModelConfig, evaluation_args: EvaluationArguments) -> d
         records = complete(generator, tokenizer, list(rows[name]), how, folder / "completions.jsonl")
         results[name] = summarize(records, how.temperature, how.eval_seed)
         asked = {"model": model_args.model_name_or_path, "revision": model_args.model_revision, "source": source}
+        asked |= {name: getattr(model_args, name) for name in ("load_in_4bit", "load_in_8bit")}
         write_metrics(folder, results[name], asked | {"dtype": model_args.dtype} | asdict(args))
         _print_metrics(name, results[name])
     print(f"Saved to {output_dir}")
@@ -113,7 +119,8 @@ def _load_generator(model_args, args, tokenizer) -> Generator:
     if args.adapter_path is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, args.adapter_path)
+        # Of other kinds of adapters nobody would read it.
+        model = PeftModel.from_pretrained(model, args.adapter_path, **({"other_base": True} if args.other_base else {}))
     return TransformersGenerator(model, tokenizer, args)
 
 

@@ -1,5 +1,5 @@
 """The generated tables: memory and the launchers' matrix in docs/launchers.md, what vLLM samples in
-docs/merging-and-vllm.md, the paper's numbers in the recipes.
+docs/merging-and-vllm.md, quantised bases in docs/bases.md, the paper's numbers in the recipes.
 
 python recipes/tables.py           # renews what is not current
 python recipes/tables.py --check   # changes nothing; fails if one is not current
@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks import sampling
+from benchmarks import quantised, sampling
 from benchmarks.harness import RESULTS
 from paper import memory, published
 from records import launchers
@@ -35,6 +35,9 @@ def documents() -> dict[Path, str]:
     path = RECIPES.parent / "docs" / "merging-and-vllm.md"
     records = [json.loads(found.read_text(encoding="utf-8")) for found in sorted(RESULTS.glob("sampling*.json"))]
     renewed[path] = replace_section(path.read_text(encoding="utf-8"), "sampling", sampling.table(records))
+    path = RECIPES.parent / "docs" / "bases.md"
+    record = json.loads((RESULTS / "quantised.json").read_text(encoding="utf-8"))
+    renewed[path] = replace_section(path.read_text(encoding="utf-8"), "quantised", quantised.table(record))
     numbers = published.read()
     for recipe in sorted({entry["recipe"] for entry in numbers["tables"]}):
         renewed[RECIPES / recipe / "README.md"] = published.renewed(recipe, numbers)

@@ -56,11 +56,12 @@ def with_adapted_weights(plain, model):
     the base model's parameters by name.
     """
     bank = model.base_model.bank
-    base = {
-        name.removeprefix("base_model.model.").replace(".base_layer", ""): parameter.detach().double().requires_grad_()
-        for name, parameter in model.named_parameters()
-        if "trl_tinylora_" not in name
-    }
+    # What a quantised layer computes with in the place of its packed weight.
+    base = {f"{layer.name}.weight": layer.unmerged_weight().double().requires_grad_() for layer in layers_of(model)}
+    for name, parameter in model.named_parameters():
+        name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        if "trl_tinylora_" not in name and name not in base:
+            base[name] = parameter.detach().double().requires_grad_()
     values = [values_of(model, name).detach().double().requires_grad_() for name in bank.active_adapters]
     weights = dict(base)
     for name, values_GK in zip(bank.active_adapters, values, strict=True):

@@ -276,7 +276,7 @@ def _load(folder: Path, fields: dict, base: str) -> PeftModel:
 
     from .config import TinyLoraConfig
     from .storage.fingerprint import probes_needed, refuse_another_base, take_probe
-    from .tuner.targets import as_OI, resolve_target_modules
+    from .tuner.targets import as_OI, resolve_target_modules, weight_of
 
     config = TinyLoraConfig.from_pretrained(str(folder))
     model = AutoModelForCausalLM.from_pretrained(base)
@@ -286,7 +286,7 @@ def _load(folder: Path, fields: dict, base: str) -> PeftModel:
         try:
             refuse_another_base(
                 config.base_fingerprint,
-                {name: take_probe(name, as_OI(linear, linear.weight), count) for name, linear in linears.items()},
+                {name: take_probe(name, as_OI(linear, weight_of(linear)), count) for name, linear in linears.items()},
             )
         except ValueError as error:
             own = config.base_model_name_or_path or "the model that it was trained on"

@@ -157,6 +157,8 @@ class TinyLoraConfig(PeftConfig):
         self.peft_type = TinyLoraPeftType.TRL_TINYLORA
         # Of the folder that was last read or written with this configuration, which may serve several models.
         self._saved: Optional[SavedAdapter] = None
+        # No field: PEFT would read it from the folder again.
+        self.takes_other_base = False
         refuse_wrong_fields(self)
         # What the values have to be that are loaded into an adapter with this configuration, as it is now: its fields
         # may be changed on purpose before.
@@ -253,13 +255,25 @@ class TinyLoraConfig(PeftConfig):
         return cls(u=u, n_tie=n_tie, **fields)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: Optional[str] = None, **kwargs):
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str,
+        subfolder: Optional[str] = None,
+        *,
+        other_base: bool = False,
+        **kwargs,
+    ):
         """
         Loads the configuration of an adapter folder, after a look at whether that folder can be loaded at all.
+
+        `PeftModel.from_pretrained(model, folder, other_base=True)` passes `other_base` on to here.
 
         Args:
             pretrained_model_name_or_path (`str`): Local folder or Hub repository.
             subfolder (`str`, *optional*): Folder within it.
+            other_base (`bool`, *optional*, defaults to `False`): Whether the adapter may be loaded on other weights
+                than those it was trained on, as a quantised or full-precision variant, with a warning that states the
+                distance. The factors U S and V^T are then of those weights.
             **kwargs: Passed on to PEFT (`token`, `revision`, `cache_dir`, ...).
 
         Returns:
@@ -296,6 +310,7 @@ class TinyLoraConfig(PeftConfig):
             config._saved = SavedAdapter(
                 tensors[VALUES], config.base_fingerprint, config.singular_bases, settings_of(config), folder
             )
+        config.takes_other_base = other_base
         return config
 
     def to_dict(self) -> dict:

@@ -58,6 +58,8 @@ class EvaluationArguments(GenerationArguments):
         dataset_test_split (`str`, *optional*, defaults to `"test"`): Its split.
         limit (`int`, *optional*): Take only the first `limit` rows.
         adapter_path (`str`, *optional*): Folder or Hub name of an adapter of the model.
+        other_base (`bool`, *optional*, defaults to `False`): Load a TinyLoRA adapter on a quantised or full-precision
+            variant of its base.
         backend (`str`, *optional*, defaults to `"transformers"`): `"transformers"` or `"vllm"`.
         regrade (`bool`, *optional*, defaults to `False`): Grade the completions in `output_dir` anew; no model is read.
         output_dir (`str`, *optional*, defaults to `"results/evaluation"`): For `metrics.json` and `completions.jsonl`.
@@ -72,6 +74,10 @@ class EvaluationArguments(GenerationArguments):
     dataset_test_split: str = field(default="test", metadata={"help": "Its split."})
     limit: int | None = field(default=None, metadata={"help": "Take only the first `limit` rows."})
     adapter_path: str | None = field(default=None, metadata={"help": "Folder or Hub name of an adapter of the model."})
+    other_base: bool = field(
+        default=False,
+        metadata={"help": "Load a TinyLoRA adapter on a quantised or full-precision variant of its base."},
+    )
     backend: Literal["transformers", "vllm"] = field(default="transformers", metadata={"help": "What generates."})
     regrade: bool = field(default=False, metadata={"help": "Grade the completions in output_dir anew."})
     output_dir: str = field(
@@ -88,6 +94,10 @@ class EvaluationArguments(GenerationArguments):
             raise ValueError(
                 "name what to evaluate on: either --benchmark or --dataset_name, got "
                 f"benchmark={self.benchmark!r} and dataset_name={self.dataset_name!r}"
+            )
+        if self.other_base and self.backend == "vllm":
+            raise ValueError(
+                "other_base loads the adapter with transformers, but backend is 'vllm': drop one of the two"
             )
         for benchmark in self.benchmarks():
             if self.task not in (None, benchmark.task):

@@ -12,7 +12,7 @@ from typing import Any
 import trl
 import yaml
 from torch import nn
-from transformers import TrainingArguments
+from transformers import AutoConfig, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from training.arguments import AdapterArguments, RecipeArguments
@@ -95,7 +95,8 @@ def prepare(
     Returns:
         `str` or `None`: As of [`resume_point`].
     Raises:
-        ValueError: If an argument is missing, or names no base model, or the checkpoint's adapter is of another kind.
+        ValueError: If an argument is missing, or names no base model, the checkpoint's adapter is of another kind, or
+            TRL would merge TinyLoRA into quantised weights for vLLM.
         FileExistsError, FileNotFoundError: As of [`resume_point`].
     """
     model, rows = model_args.model_name_or_path, script_args.dataset_name
@@ -107,6 +108,7 @@ def prepare(
     if checkpoint is not None:
         _refuse_another_kind(Path(checkpoint), adapter_args.adapter)
     refuse_unfit_base(model, model_args.model_revision)
+    _refuse_merging_into_quantised(script_args, training_args, model_args, adapter_args)
     rate = training_args.learning_rate
     if adapter_args.adapter == "tinylora" and rate < LOWEST_LEARNING_RATE:
         warnings.warn(
@@ -115,6 +117,29 @@ def prepare(
             stacklevel=2,
         )
     return checkpoint
+
+
+def _refuse_merging_into_quantised(
+    script_args: RecipeArguments,
+    training_args: TrainingArguments,
+    model_args: trl.ModelConfig,
+    adapter_args: AdapterArguments,
+) -> None:
+    """Raises `ValueError` where TRL's transfer to vLLM would fail at the first step: it merges."""
+    merges = getattr(training_args, "use_vllm", False) and getattr(script_args, "rollouts", None) == "merged"
+    if not merges or adapter_args.adapter != "tinylora":
+        return
+    given = trl.get_quantization_config(model_args) or (training_args.model_init_kwargs or {}).get(
+        "quantization_config"
+    )
+    if given is None:
+        config = AutoConfig.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
+        given = getattr(config, "quantization_config", None)
+    if given is not None:
+        raise ValueError(
+            "use_vllm with rollouts='merged' merges the adapter into the weights, and these are quantised, so that the "
+            "update would be rounded away: set rollouts to 'adapter' (with load_in_4bit), or use_vllm to false"
+        )
 
 
 def refuse_another_adapter(model: nn.Module, checkpoint: str | None) -> None:

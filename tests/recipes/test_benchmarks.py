@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import build, fidelity, harness, imports, many_adapters, merge, saved, step
+from benchmarks import build, fidelity, harness, imports, many_adapters, merge, quantised, saved, step
 from records.files import replace_section
 
 
@@ -22,6 +22,7 @@ SMALL = {
     step: "--hidden 64 --key_values 16 --head 16 --intermediate 96 --layers 1 --tokens 8 --repeats 2",
     imports: "--repeats 1",
     saved: "--tokens 8",
+    quantised: "--steps 1 --completions 4 --problems 2 --tokens 4",
     many_adapters: "--hidden 64 --layers 1 --adapters 2 --thousands 1 --rows 3 --tokens 4 --new_tokens 2 --repeats 2",
 }
 
@@ -36,6 +37,8 @@ def measured(tmp_path_factory):
 
     @functools.cache
     def measure(script):
+        if script is quantised:
+            pytest.importorskip("bitsandbytes")
         path = tmp_path_factory.mktemp("benchmark") / "results" / f"{name_of(script)}.json"
         printed = io.StringIO()
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):

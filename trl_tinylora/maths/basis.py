@@ -57,6 +57,24 @@ def encode_basis(name: str, weight_OI: torch.Tensor, right_RI: torch.Tensor, tol
     return encode(kept_RC)
 
 
+def encode_certain_basis(name: str, right_RI: torch.Tensor) -> str:
+    """
+    Returns what [`recover_basis`] needs where no rounding turns the vectors out of the space that they span.
+
+    Another base, as the full-precision one of a quantised weight, turns them further, and the sign of a pair, which
+    follows from the largest entry, is then another one in 1 of 25 pairs (4 bits).
+
+    Args:
+        name (`str`): Name of the module in the base model, the seed of G.
+        right_RI (`torch.Tensor`): V^T, shape `(r, in_features)`.
+
+    Returns:
+        `str`: `V G` of shape `(r, 4 r)`, as of [`encode_basis`].
+    """
+    rank, in_features = right_RI.shape
+    return encode(_products(name, right_RI.double().cpu(), min(COLUMNS_PER_VECTOR * rank, in_features)))
+
+
 def encode(numbers: torch.Tensor) -> str:
     """Returns base64 of a tensor's numbers as float32, little endian."""
     return base64.b64encode(numbers.cpu().double().numpy().astype("<f4").tobytes()).decode()

@@ -125,6 +125,22 @@ def refuse_another_base(expected: Mapping, probes: Mapping[str, Probe]) -> None:
     Raises:
         ValueError: If the base differs; the message says in what.
     """
+    difference = difference_of_weights(expected, probes)
+    if difference is not None:
+        raise ValueError(difference)
+
+
+def difference_of_weights(expected: Mapping, probes: Mapping[str, Probe]) -> Optional[str]:
+    """
+    Returns by how much the weights of a base differ from those that an adapter was trained on, or None.
+
+    Args:
+        expected (`Mapping`): The adapter's [`fingerprint`].
+        probes (`Mapping[str, Probe]`): Of each module that it would adapt here, by name, in depth order.
+
+    Raises:
+        ValueError: If there are other modules, or of other shapes.
+    """
     found, names = fingerprint(probes), list(probes)
     if found["modules"] != expected["modules"]:
         raise ValueError(
@@ -142,10 +158,10 @@ def refuse_another_base(expected: Mapping, probes: Mapping[str, Probe]) -> None:
     moved = np.abs(here - there) / scale
     overall, single = float(np.sqrt((moved**2).mean())), moved.max(axis=1)
     if overall <= TOLERANCE and single.max() <= SINGLE_TOLERANCE:
-        return
+        return None
     other = [name for name, most in zip(names, single, strict=True) if most > SINGLE_TOLERANCE] or list(names)
     kind = "other weights" if overall > UNRELATED else "a quantised, fine-tuned, merged or revised variant of its base"
-    raise ValueError(
+    return (
         f"the weights of {len(other)} of {len(names)} modules differ, the first {other[0]}: by {overall:.1e} of their "
         f"size overall and {single.max():.1e} at most, where rounding to bfloat16 makes {BFLOAT16_ROUNDING:.1e}. That "
         f"is {kind}"

@@ -15,13 +15,13 @@ from tqdm import tqdm
 
 from ..config import TinyLoraConfig
 from ..distributed import gathered, is_sharded, same_on_all, whole
-from ..maths.basis import encode_basis, has_basis, recover_basis
+from ..maths.basis import encode_basis, encode_certain_basis, has_basis, recover_basis
 from ..maths.svd import truncated_svd
 from ..storage.checkpoint import MAX_UNCERTAINTY
 from ..storage.fingerprint import Measured, probes_needed, take_probe
 from .bank import TinyLoraBank
 from .layer import Linear
-from .targets import as_OI, unwrap
+from .targets import as_OI, is_quantised, unwrap, weight_of
 
 
 def compute_factors(
@@ -67,8 +67,12 @@ def _compute(
     with _whole_weight(name, module) as weight_OI:
         if before is None:
             *factors, uncertainty = truncated_svd(weight_OI, rank)
-            is_certain = uncertainty <= MAX_UNCERTAINTY
-            basis = None if is_certain else encode_basis(name, weight_OI, factors[1], MAX_UNCERTAINTY)
+            basis = None
+            if uncertainty > MAX_UNCERTAINTY:
+                basis = encode_basis(name, weight_OI, factors[1], MAX_UNCERTAINTY)
+            elif is_quantised(unwrap(module)):
+                # Users train on few bits and serve on 16.
+                basis = encode_certain_basis(name, factors[1])
         else:
             factors, basis = known, before.basis
         measured = Measured(take_probe(name, weight_OI, probes), basis)
@@ -129,7 +133,7 @@ def _whole_weight(name: str, module: nn.Module) -> Iterator[torch.Tensor]:
         )
     try:
         with gathered([linear.weight]):
-            weight = module.unmerged_weight() if isinstance(module, Linear) else linear.weight.data
+            weight = module.unmerged_weight() if isinstance(module, Linear) else weight_of(linear)
             yield as_OI(linear, whole(weight))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Optional
 
 import torch
@@ -16,6 +16,7 @@ from .gradient import AddUpdate, MixedHidden
 from .merging import merged_weight, refuse_not_finite, restore, set_aside
 from .mixed_batch import mixed_of_rows
 from .plan import Plan
+from .targets import is_quantised, weight_of
 from .values import Vectors
 
 
@@ -108,6 +109,7 @@ class Linear(nn.Module, TinyLoraLayer):
 
         Raises:
             ValueError: If the rows have adapters of their own and there are more or fewer of them than inputs.
+            RuntimeError: If the base layer passes no gradient on to an input that needs one.
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -115,6 +117,13 @@ class Linear(nn.Module, TinyLoraLayer):
             return self.base_layer(x, *args, **kwargs)
         updates = self._updates(x)
         result = self.base_layer(x, *args, **kwargs)
+        if x.requires_grad and torch.is_grad_enabled() and not result.requires_grad:
+            raise RuntimeError(
+                f"{self.name}, a {type(self.base_layer).__name__}, passes no gradient on to its input: it computes "
+                "with a kernel for inference, and what is trained before it would silently get a wrong gradient. "
+                "bitsandbytes' 4-bit layers do so on a CPU with AVX512-BF16 once they were called in evaluation mode; "
+                "train on a GPU, or load the model in 8 bits or unquantised."
+            )
         for mixed_RT, left_OR in updates:
             result = AddUpdate.apply(result, mixed_RT, left_OR)
         return result
@@ -189,6 +198,7 @@ class Linear(nn.Module, TinyLoraLayer):
             TypeError: If `adapter_names` is a string.
             ValueError: If an adapter does not exist, or `safe_merge` and the result is not finite.
             RuntimeError: If ZeRO-3 has the weight partitioned.
+            NotImplementedError: If the weight is quantised.
         """
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
@@ -199,6 +209,7 @@ class Linear(nn.Module, TinyLoraLayer):
         names = [name for name in names if self.place(name) is not None]
         if not names:
             return
+        refuse_quantised([self])
         weight = self.get_base_layer().weight
         if is_partitioned(weight):
             raise RuntimeError(
@@ -237,9 +248,9 @@ class Linear(nn.Module, TinyLoraLayer):
 
     @torch.no_grad()
     def unmerged_weight(self) -> torch.Tensor:
-        """Returns the base weight as it is without adapters, which stay merged where they are."""
-        weight = self.get_base_layer().weight
-        return weight.data if self._original_weight is None else self._original_weight.to(weight.device)
+        """Returns the base weight without adapters, which stay merged where they are; a quantised one dequantised."""
+        linear = self.get_base_layer()
+        return weight_of(linear) if self._original_weight is None else self._original_weight.to(linear.weight.device)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Returns True: the update is a matrix of rank r added to the weight."""
@@ -247,3 +258,20 @@ class Linear(nn.Module, TinyLoraLayer):
 
     def __repr__(self) -> str:
         return "trl_tinylora." + super().__repr__()
+
+
+def refuse_quantised(layers: Iterable[Linear]) -> None:
+    """
+    Raises where adapters would be merged into a quantised weight, which would round the update away.
+
+    Raises:
+        NotImplementedError: If a base layer is quantised; the message names the ways out.
+    """
+    found = [layer for layer in layers if is_quantised(layer.get_base_layer())]
+    if found:
+        raise NotImplementedError(
+            f"the weight of {found[0].name} is quantised ({type(found[0].get_base_layer().weight).__name__}; "
+            f"{len(found)} layers are), and merging would round a TinyLoRA update away. Nothing was merged. Serve the "
+            "adapter as a LoRA (`export_lora`), sample from it in training (`AdapterRollout` in place of `use_vllm`), "
+            "or merge into floating-point weights: `PeftModel.from_pretrained(quantised_model.dequantize(), folder)`."
+        )

@@ -27,7 +27,7 @@ from ..storage.fingerprint import fingerprint
 from ..validation import refuse_wrong_fields
 from .bank import TinyLoraBank, TinyLoraLayer
 from .build import ModuleTree, compute_factors, first_block, recover_factors
-from .layer import Linear
+from .layer import Linear, refuse_quantised
 from .mixed_batch import MixedBatch
 from .plan import Plan, refuse_too_large
 from .refusals import (
@@ -273,6 +273,11 @@ class TinyLoraModel(BaseTuner):
                     f"{', '.join(differences)}. Only adapters that agree in these can be added up or compared."
                 )
         return [other.whole_values().double() for other in vectors]
+
+    def _check_merge_allowed(self) -> None:
+        # Called by PEFT before the first layer is merged.
+        super()._check_merge_allowed()
+        refuse_quantised(module for module in self.model.modules() if isinstance(module, Linear))
 
     def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)

@@ -11,7 +11,7 @@ from torch import nn
 from ..config import TinyLoraConfig
 from ..distributed import is_sharded
 from ..storage.checkpoint import refuse_unfit_shape, settings_of
-from ..storage.fingerprint import Probe, refuse_another_base
+from ..storage.fingerprint import Probe, difference_of_weights, refuse_another_base
 from .bank import TinyLoraBank
 
 
@@ -56,6 +56,19 @@ def warn_of_zeros(scales: Mapping[str, float]) -> None:
         )
 
 
+def warn_of_another_base(adapter_name: str, difference: Optional[str], n_unsettled: int) -> None:
+    """Warns of what [`difference_of_weights`] found, where that base was asked for."""
+    if difference is None:
+        return
+    signs = f" For {n_unsettled} modules the folder does not settle signs, which can turn over." if n_unsettled else ""
+    warnings.warn(
+        f"the adapter {adapter_name!r} is used on another base than its own: {difference}. Its values act on the "
+        f"singular vectors of these weights, so that the update is another one by at least as much.{signs} The trained "
+        "update itself is what `export_lora` writes on the adapter's own base.",
+        stacklevel=4,
+    )
+
+
 def refuse_unfit(
     adapter_name: str, config: TinyLoraConfig, probes: Mapping[str, Probe], shape: tuple[int, int]
 ) -> None:
@@ -64,7 +77,8 @@ def refuse_unfit(
 
     Args:
         adapter_name (`str`): The adapter.
-        config ([`TinyLoraConfig`]): Its configuration; one that was not read from a folder fits any base.
+        config ([`TinyLoraConfig`]): Its configuration; one that was not read from a folder fits any base, and one that
+            was read with `other_base=True` any with these modules.
         probes (`Mapping[str, Probe]`): Of each module that it would adapt here, by name, in depth order.
         shape (`tuple[int, int]`): Of its values here, (groups, u).
 
@@ -74,14 +88,19 @@ def refuse_unfit(
     """
     if config.base_fingerprint is not None:
         try:
-            refuse_another_base(config.base_fingerprint, probes)
+            if config.takes_other_base:
+                difference = difference_of_weights(config.base_fingerprint, probes)
+                warn_of_another_base(adapter_name, difference, len(set(probes).difference(config.singular_bases or ())))
+            else:
+                refuse_another_base(config.base_fingerprint, probes)
         except ValueError as error:
             raise ValueError(
                 f"this is not the base model of the adapter {adapter_name!r}: {error}. Load it on "
-                f"{config.base_model_name_or_path or 'its own base'} as it was then, unquantised; where "
-                "another adapter had been merged into it, save the merged model and name that. To load it on "
-                "this model all the same, pass `config=config` with `config.base_fingerprint = None`, from "
-                "`config = PeftConfig.from_pretrained(...)`."
+                f"{config.base_model_name_or_path or 'its own base'} as it was then, quantised in the same way and "
+                "from the same dtype if it was; where another adapter had been merged into it, save the merged model "
+                "and name that. To take the trained update to this model as it is, write it as a LoRA on its own base "
+                "(`export_lora`). To use the values on this model's own singular vectors, pass `other_base=True` to "
+                "`PeftModel.from_pretrained`."
             ) from error
         if config.base_fingerprint.get("stored") and not config.singular_bases:
             raise NotImplementedError(

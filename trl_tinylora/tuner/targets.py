@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Collection
-from typing import TYPE_CHECKING, Union
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Optional, Union
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
@@ -15,7 +15,8 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from ..distributed import full_shape, refuse_tensor_parallel
+from ..distributed import full_shape, is_sharded, refuse_tensor_parallel
+from .quantised import of_bitsandbytes_4bit, of_bitsandbytes_8bit, of_torchao
 
 
 if TYPE_CHECKING:
@@ -27,6 +28,20 @@ if TYPE_CHECKING:
 # (in_features, out_features).
 KNOWN_LAYERS = (nn.Linear, Conv1D)
 KNOWN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# The quantised ones, by the class of the layer or, in a `nn.Linear`, of its weight, and what gives the weight that they
+# compute with. Each was tried: its products, and the gradient of its input, are those of that weight.
+KNOWN_QUANTISED = {
+    "bitsandbytes.nn.modules.Linear4bit": of_bitsandbytes_4bit,
+    "bitsandbytes.nn.modules.Linear8bitLt": of_bitsandbytes_8bit,
+    "torchao.quantization.Int8Tensor": of_torchao,
+    "torchao.quantization.IntxUnpackedToInt8Tensor": of_torchao,
+    "torchao.quantization.Float8Tensor": of_torchao,
+}
+# What makes transformers dequantise a checkpoint while it loads, by the library whose layers are there otherwise.
+DEQUANTISED_BY = {
+    "compressed_tensors": "CompressedTensorsConfig(dequantize=True)",
+    "transformers.integrations.finegrained_fp8": "FineGrainedFP8Config(dequantize=True)",
+}
 
 
 def skeleton(model_or_config: Union[nn.Module, PretrainedConfig]) -> nn.Module:
@@ -50,6 +65,37 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
+def dequantisation_of(linear: nn.Module) -> Optional[Callable[[nn.Module], torch.Tensor]]:
+    """Returns what gives the weight of a quantised layer that is known, or None for any other one."""
+    forward, weight = type(linear).forward, type(getattr(linear, "weight", None))
+    if forward is not nn.Linear.forward:
+        # A class derived from a known one may compute something else.
+        return KNOWN_QUANTISED.get(f"{forward.__module__}.{forward.__qualname__}".removesuffix(".forward"))
+    return KNOWN_QUANTISED.get(f"{weight.__module__}.{weight.__qualname__}")
+
+
+def is_quantised(linear: nn.Module) -> bool:
+    """Returns whether a layer's weight is one of [`KNOWN_QUANTISED`], into which no update can be merged."""
+    return dequantisation_of(linear) is not None
+
+
+def shape_of(linear: nn.Module) -> tuple[int, ...]:
+    """Returns the shape of the weight that a linear layer computes with, whatever it is packed into."""
+    if is_quantised(linear) or not hasattr(linear, "weight"):
+        return linear.out_features, linear.in_features
+    return full_shape(linear.weight)
+
+
+def weight_of(linear: nn.Module) -> torch.Tensor:
+    """Returns the weight that a linear layer computes with: its own, or what a quantised one stands for.
+
+    Raises:
+        ValueError: If a quantised layer has none; the message says why.
+    """
+    dequantised = dequantisation_of(linear)
+    return linear.weight.data if dequantised is None else dequantised(linear).detach()
+
+
 def as_OI(linear: nn.Module, weight: torch.Tensor) -> torch.Tensor:
     """Returns a view of a linear layer's weight as (out_features, in_features)."""
     return weight.T if isinstance(linear, Conv1D) else weight
@@ -67,9 +113,9 @@ def resolve_target_modules(model: nn.Module, config: TinyLoraConfig) -> list[str
         `list[str]`
 
     Raises:
-        ValueError: If nothing matches, a match is not a linear layer, or `r` exceeds a module's dimensions. Under
-            "all-linear" such modules are left out, with a warning that names them, as is one of fused experts.
-        NotImplementedError: If the model is split by tensor parallelism.
+        ValueError: If nothing matches, a match is no linear layer that is known, or `r` exceeds a module's dimensions.
+            Under "all-linear" the latter are left out, with a warning that names them, as is one of fused experts.
+        NotImplementedError: If the model is split by tensor parallelism, or a quantised weight is sharded.
     """
     refuse_tensor_parallel(model)
     refuse_data_parallel(model)
@@ -79,6 +125,15 @@ def resolve_target_modules(model: nn.Module, config: TinyLoraConfig) -> list[str
     inside_adapters = tuple(
         f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer) and name
     )
+    if is_all_linear(asked_for):
+        # Those of quantisation libraries that PEFT does not take for linear layers: named, and not left out in silence.
+        config.target_modules |= {
+            name
+            for name, module in model.named_modules()
+            if "Linear" in type(module).__name__
+            and hasattr(module, "in_features")
+            and not isinstance(module, (nn.Linear, BaseTunerLayer))
+        }
     names = [
         name
         for name, _ in model.named_modules()
@@ -96,19 +151,14 @@ def resolve_target_modules(model: nn.Module, config: TinyLoraConfig) -> list[str
     _refuse_unmatched(model, config, names)
     for name in names:
         linear = unwrap(model.get_submodule(name))
-        if type(linear).forward not in {known.forward for known in KNOWN_LAYERS}:
-            raise ValueError(
-                f"target_modules={asked_for!r} matches {name}, a {type(linear).__module__}.{type(linear).__name__}; "
-                "TinyLoRA adapts `torch.nn.Linear` and `Conv1D`. Name linear layers only, put it into "
-                "`exclude_modules`, or load the model unquantised."
+        if not is_quantised(linear):
+            _refuse_unknown(name, linear, asked_for)
+        elif is_sharded(linear.weight):
+            raise NotImplementedError(
+                f"the quantised weight of {name} is sharded, and only a whole one can be dequantised. Make the adapter "
+                "before ZeRO-3 or FSDP2 shards the model, as TRL's trainers do."
             )
-        if linear.weight.dtype not in KNOWN_DTYPES:
-            raise ValueError(
-                f"the weight of {name} has dtype {linear.weight.dtype}, of which TinyLoRA takes no singular vectors. "
-                f"Load the model in one of {', '.join(str(dtype) for dtype in KNOWN_DTYPES)}, or put the module into "
-                "`exclude_modules`."
-            )
-        shape = full_shape(linear.weight)
+        shape = shape_of(linear)
         if len(shape) != 2:
             raise ValueError(
                 f"the weight of {name} has shape {shape}: it is not loaded, or sharded by something other than ZeRO-3 "
@@ -122,6 +172,37 @@ def resolve_target_modules(model: nn.Module, config: TinyLoraConfig) -> list[str
     return names
 
 
+def _refuse_unknown(name: str, linear: nn.Module, asked_for: Union[str, Collection[str]]) -> None:
+    """Raises `ValueError` where a layer is neither one of [`KNOWN_LAYERS`] in a dtype of its own nor quantised."""
+    weight, place = getattr(linear, "weight", None), f"{type(linear).__module__}.{type(linear).__name__}"
+    # compressed-tensors leaves the class as it is, and gives each layer a forward of its own.
+    is_compressed = hasattr(linear, "quantization_scheme")
+    place = f"compressed_tensors {place}" if is_compressed else place
+    loaded = next((how for library, how in DEQUANTISED_BY.items() if place.startswith(library)), None)
+    way_out = (
+        f"Load the model with `quantization_config={loaded}`, which gives weights in floating point."
+        if loaded
+        else "Name linear layers only, put it into `exclude_modules`, or load the model unquantised or in one of the "
+        "quantisations that docs/bases.md lists."
+    )
+    if is_compressed or type(linear).forward not in {known.forward for known in KNOWN_LAYERS}:
+        raise ValueError(
+            f"target_modules={asked_for!r} matches {name}, a {place}; TinyLoRA "
+            f"adapts `torch.nn.Linear`, `Conv1D` and quantised layers of bitsandbytes and torchao. {way_out}"
+        )
+    if type(weight).__module__.partition(".")[0] != "torch":
+        raise ValueError(
+            f"the weight of {name} is a {type(weight).__module__}.{type(weight).__name__}, of which TinyLoRA knows no "
+            f"dequantisation. {way_out}"
+        )
+    if weight.dtype not in KNOWN_DTYPES:
+        raise ValueError(
+            f"the weight of {name} has dtype {weight.dtype}, of which TinyLoRA takes no singular vectors. "
+            f"Load the model in one of {', '.join(str(dtype) for dtype in KNOWN_DTYPES)}, or put the module into "
+            "`exclude_modules`."
+        )
+
+
 def is_all_linear(target_modules: Union[str, Collection[str]]) -> bool:
     """Returns whether every linear layer is asked for, by PEFT's own word for it."""
     return isinstance(target_modules, str) and target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -129,7 +210,7 @@ def is_all_linear(target_modules: Union[str, Collection[str]]) -> bool:
 
 def _without_left_out(model: nn.Module, names: list[str], rank: int) -> list[str]:
     """The names without modules that cannot have the rank; warns of those and of experts that are no linear layers."""
-    thin = [name for name in names if min(full_shape(unwrap(model.get_submodule(name)).weight)) < rank]
+    thin = [name for name in names if min(shape_of(unwrap(model.get_submodule(name)))) < rank]
     if thin and len(thin) < len(names):
         warnings.warn(
             f"{len(thin)} linear layers have fewer than r={rank} inputs or outputs and are left out: "

@@ -31,7 +31,7 @@ from transformers import TrainerCallback
 
 from ..distributed import gathered, whole
 from ..tuner.layer import Linear
-from ..tuner.targets import as_OI
+from ..tuner.targets import KNOWN_DTYPES, as_OI, is_quantised
 from ..tuner.values import Vectors
 
 
@@ -157,7 +157,7 @@ def _sums_of_layer(
 ) -> _Sums:
     """Of one layer and the U S, V^T and R of its adapters, estimated for all entries."""
     linear = layer.get_base_layer()
-    if not linear.weight.is_floating_point():
+    if is_quantised(linear) or linear.weight.dtype not in KNOWN_DTYPES:
         raise NotImplementedError(
             f"the weight of {layer.name} is quantised ({linear.weight.dtype}), and what a merge leaves of an update "
             "there is not known. Measure on the same model in bfloat16."

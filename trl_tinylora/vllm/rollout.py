@@ -214,6 +214,7 @@ class _EngineHere(_Engine):
             "model": trainer.model.name_or_path,
             "revision": (args.model_init_kwargs or {}).get("revision"),
             "dtype": str(_dtype_of(trainer.model)).removeprefix("torch."),
+            "quantization": _quantization_of(trainer.model),
             "distributed_executor_backend": "external_launcher",
             "gpu_memory_utilization": args.vllm_gpu_memory_utilization,
             "max_model_len": args.vllm_max_model_length,
@@ -345,6 +346,23 @@ def _refuse_model(model: Any, adapter_name: str) -> None:
 def _dtype_of(model: PeftModel) -> torch.dtype:
     """The dtype of the base's weights."""
     return model.get_base_model().dtype
+
+
+def _quantization_of(model: PeftModel) -> Optional[str]:
+    """What vLLM has to quantise while it loads, to hold the trainer's weights; `ValueError` where it cannot."""
+    base = model.get_base_model()
+    quantizer = getattr(base, "hf_quantizer", None)
+    # What was saved quantised vLLM reads as such.
+    if quantizer is None or quantizer.pre_quantized:
+        return None
+    settings = quantizer.quantization_config
+    if getattr(settings, "load_in_4bit", False) and settings.bnb_4bit_quant_type == "nf4":
+        return "bitsandbytes"
+    raise ValueError(
+        f"AdapterRollout cannot sample from the trainer's weights: while it loads, vLLM quantises to bitsandbytes' nf4 "
+        f"and nothing else, and these are quantised by {settings.quant_method}. Save the quantised model and train "
+        "from that folder, load it with bnb_4bit_quant_type='nf4', or sample without vLLM."
+    )
 
 
 def _tokenize(prompts: list, trainer: GRPOTrainer) -> list[list[int]]:
