@@ -208,8 +208,28 @@ def is_all_linear(target_modules: Union[str, Collection[str]]) -> bool:
     return isinstance(target_modules, str) and target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 
+def _decoder_of(model: nn.Module) -> str:
+    """The name of the language model inside a model that has a vision tower or the like too; "" of any other one."""
+    get_decoder = getattr(model, "get_decoder", None)
+    if get_decoder is None or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return ""
+    decoder = get_decoder()
+    return next((name for name, module in model.named_modules() if module is decoder), "")
+
+
 def _without_left_out(model: nn.Module, names: list[str], rank: int) -> list[str]:
-    """The names without modules that cannot have the rank; warns of those and of experts that are no linear layers."""
+    """The names that "all-linear" stands for; warns of what it leaves out: other stacks than the language model's,
+    modules that cannot have the rank, and experts that are no linear layers."""
+    decoder = _decoder_of(model)
+    outside = [name for name in names if not name.startswith(f"{decoder}.")] if decoder else []
+    if outside and len(outside) < len(names):
+        warnings.warn(
+            f'target_modules="all-linear" adapts the language model, {decoder}, and leaves out {len(outside)} linear '
+            f"layers beside it: {', '.join(outside[:3])}{', ...' if len(outside) > 3 else ''}. TinyLoRA adapts one "
+            "stack of blocks: to adapt that one instead, name its modules in `target_modules`.",
+            stacklevel=2,
+        )
+        names = [name for name in names if name.startswith(f"{decoder}.")]
     thin = [name for name in names if min(shape_of(unwrap(model.get_submodule(name)))) < rank]
     if thin and len(thin) < len(names):
         warnings.warn(
