@@ -1,4 +1,4 @@
-"""Vision-language models: "all-linear" is the language model's blocks. Tiny random ones of five families; CPU, seconds."""
+"""Vision-language models: "all-linear" is the language model's blocks. Tiny ones of five families; CPU, seconds."""
 
 import pytest
 import torch
