@@ -291,7 +291,8 @@ def _load(folder: Path, fields: dict, base: str) -> PeftModel:
         except ValueError as error:
             own = config.base_model_name_or_path or "the model that it was trained on"
             raise ValueError(
-                f"{base} is not the base model of {folder}: {error}. Name {own}, as it was then, unquantised."
+                f"{base} is not the base model of {folder}: {error}. Name {own} as it was then, quantised in the same "
+                "way if it was."
             ) from error
     return PeftModel.from_pretrained(model, str(folder))
 
