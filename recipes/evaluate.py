@@ -62,10 +62,9 @@ def main(model_args: trl.ModelConfig, evaluation_args: EvaluationArguments) -> d
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is missing: name the model to evaluate")
     if args.backend == "vllm":
-        if model_args.load_in_8bit or (model_args.load_in_4bit and model_args.bnb_4bit_quant_type != "nf4"):
+        if model_args.load_in_8bit or model_args.load_in_4bit:
             raise ValueError(
-                "vLLM quantises to 4 bits, nf4, while it loads and to nothing else: set load_in_4bit with "
-                "bnb_4bit_quant_type nf4, or backend to transformers"
+                "vLLM would not load the quantised weights: set backend to transformers, or drop load_in_*bit"
             )
         refuse_missing_vllm()
     refuse_unfit_base(model_args.model_name_or_path, model_args.model_revision)

@@ -164,8 +164,6 @@ class VllmGenerator(Generator):
         for path in sorted(Path(adapter_path).iterdir()) if adapter_path and Path(adapter_path).is_dir() else ():
             if path.name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
                 self.source += f" {path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}"
-        if model_args.load_in_4bit:
-            options["quantization"] = "bitsandbytes"
         self.llm = LLM(
             model=served,
             tokenizer=tokenizer.name_or_path,

@@ -96,7 +96,7 @@ def prepare(
         `str` or `None`: As of [`resume_point`].
     Raises:
         ValueError: If an argument is missing, or names no base model, the checkpoint's adapter is of another kind, or
-            TRL would merge TinyLoRA into quantised weights for vLLM.
+            vLLM is to sample from a quantised base.
         FileExistsError, FileNotFoundError: As of [`resume_point`].
     """
     model, rows = model_args.model_name_or_path, script_args.dataset_name
@@ -108,7 +108,7 @@ def prepare(
     if checkpoint is not None:
         _refuse_another_kind(Path(checkpoint), adapter_args.adapter)
     refuse_unfit_base(model, model_args.model_revision)
-    _refuse_merging_into_quantised(script_args, training_args, model_args, adapter_args)
+    _refuse_vllm_of_quantised(training_args, model_args, adapter_args)
     rate = training_args.learning_rate
     if adapter_args.adapter == "tinylora" and rate < LOWEST_LEARNING_RATE:
         warnings.warn(
@@ -119,15 +119,11 @@ def prepare(
     return checkpoint
 
 
-def _refuse_merging_into_quantised(
-    script_args: RecipeArguments,
-    training_args: TrainingArguments,
-    model_args: trl.ModelConfig,
-    adapter_args: AdapterArguments,
+def _refuse_vllm_of_quantised(
+    training_args: TrainingArguments, model_args: trl.ModelConfig, adapter_args: AdapterArguments
 ) -> None:
-    """Raises `ValueError` where TRL's transfer to vLLM would fail at the first step: it merges."""
-    merges = getattr(training_args, "use_vllm", False) and getattr(script_args, "rollouts", None) == "merged"
-    if not merges or adapter_args.adapter != "tinylora":
+    """Raises `ValueError` where TRL would merge TinyLoRA into quantised weights for vLLM, or vLLM load others."""
+    if not getattr(training_args, "use_vllm", False) or adapter_args.adapter != "tinylora":
         return
     given = trl.get_quantization_config(model_args) or (training_args.model_init_kwargs or {}).get(
         "quantization_config"
@@ -137,8 +133,9 @@ def _refuse_merging_into_quantised(
         given = getattr(config, "quantization_config", None)
     if given is not None:
         raise ValueError(
-            "use_vllm with rollouts='merged' merges the adapter into the weights, and these are quantised, so that the "
-            "update would be rounded away: set rollouts to 'adapter' (with load_in_4bit), or use_vllm to false"
+            "use_vllm with a quantised base: merged into its weights, the update would be rounded away, and vLLM would "
+            "load other weights than these. Set use_vllm to false, or drop the quantisation; docs/bases.md has what a "
+            "trainer of your own can do"
         )
 
 

@@ -56,21 +56,21 @@ def test_a_recipe_trains_on_a_quantised_base_and_its_adapter_is_evaluated_there(
         assert evaluate.main(*asked)["n_problems"] == 3
 
 
-@pytest.mark.bad_input("vllm")
+@pytest.mark.bad_input("a sampler's settings or server")
 @pytest.mark.parametrize("changes", [{"load_in_4bit": True}, {"load_in_8bit": True}], ids=str)
-def test_a_transfer_that_would_merge_into_quantised_weights_is_refused_before_anything_is_loaded(tmp_path, changes):
+def test_vllm_is_refused_on_a_quantised_base_before_anything_is_loaded(tmp_path, changes):
     pytest.importorskip("bitsandbytes")
-    with pytest.raises(ValueError, match="rollouts='merged' merges the adapter.*set rollouts to 'adapter'"):
-        prepare(*parse("grpo", tmp_path, use_vllm=True, **changes))
-    # Not refused: without vLLM, with the adapter alone, and for LoRA.
+    for rollouts in ("merged", "adapter"):
+        with pytest.raises(ValueError, match="use_vllm with a quantised base.*Set use_vllm to false"):
+            prepare(*parse("grpo", tmp_path, use_vllm=True, rollouts=rollouts, **changes))
+    # Not refused: without vLLM, and for LoRA.
     prepare(*parse("grpo", tmp_path, **changes))
-    prepare(*parse("grpo", tmp_path, use_vllm=True, rollouts="adapter", **changes))
     script_args, training_args, model_args, adapter_args = parse("grpo", tmp_path, use_vllm=True, **changes)
     adapter_args.adapter = "lora"
     prepare(script_args, training_args, model_args, adapter_args)
 
 
-@pytest.mark.bad_input("vllm")
+@pytest.mark.bad_input("a sampler's settings or server")
 def test_a_base_that_was_saved_quantised_is_told_by_its_configuration(tmp_path):
     base = tmp_path / "base"
     base.mkdir()
@@ -82,16 +82,14 @@ def test_a_base_that_was_saved_quantised_is_told_by_its_configuration(tmp_path):
     (base / "config.json").write_text(json.dumps(config))
     arguments = parse("grpo", tmp_path / "out", use_vllm=True)
     arguments[2].model_name_or_path = str(base)
-    with pytest.raises(ValueError, match="these are quantised"):
+    with pytest.raises(ValueError, match="use_vllm with a quantised base"):
         prepare(*arguments)
 
 
-@pytest.mark.bad_input("vllm")
-@pytest.mark.parametrize(
-    "changes", [["--load_in_8bit", "true"], ["--load_in_4bit", "true", "--bnb_4bit_quant_type", "fp4"]]
-)
-def test_what_vllm_does_not_quantise_to_is_refused(tmp_path, changes):
-    with pytest.raises(ValueError, match="vLLM quantises to 4 bits, nf4"):
-        evaluate.main(*evaluation(tmp_path, "--backend", "vllm", "--output_dir", tmp_path / "out", *changes))
+@pytest.mark.bad_input("a sampler's settings or server")
+@pytest.mark.parametrize("key", ["--load_in_8bit", "--load_in_4bit"])
+def test_vllm_is_refused_where_the_base_is_quantised_while_it_loads(tmp_path, key):
+    with pytest.raises(ValueError, match="set backend to transformers"):
+        evaluate.main(*evaluation(tmp_path, "--backend", "vllm", "--output_dir", tmp_path / "out", key, "true"))
     with pytest.raises(ValueError, match="other_base loads the adapter with transformers"):
         evaluation(tmp_path, "--backend", "vllm", "--other_base", "true")

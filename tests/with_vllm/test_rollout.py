@@ -7,6 +7,7 @@ pytest.importorskip("vllm")
 
 import torch
 from sampled import NOISE, TEMPERATURE, Recorder, distance, make_trainer, set_values
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from trl_tinylora import AdapterRollout
 
@@ -91,3 +92,20 @@ def test_values_of_every_size_reach_the_sampler(run, scale):
     prompts = [row["prompt"] for row in trainer.eval_dataset] * 4
     set_values(trainer.model, scale, seed=7)
     assert distance(trainer.model, run["recorder"].rollout(prompts, trainer), TEMPERATURE) < NOISE
+
+
+def test_a_quantised_base_is_sampled_from_by_what_its_weights_stand_for(toy, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    loaded = {"quantization_config": settings, "dtype": "float32"}
+    AutoModelForCausalLM.from_pretrained(toy, **loaded).dequantize().save_pretrained(tmp_path / "dequantised")
+    AutoTokenizer.from_pretrained(toy).save_pretrained(tmp_path / "dequantised")
+    recorder = Recorder(AdapterRollout(model=str(tmp_path / "dequantised"), enforce_eager=True))
+    trainer = make_trainer(toy, tmp_path / "run", recorder, eval_strategy="no", model_init_kwargs=loaded)
+    trainer.train()
+    recorder.rollout.close()
+    assert [call["from_policy"] for call in recorder.calls] == pytest.approx([0.0] * 3, abs=NOISE)
+    assert recorder.calls[-1]["from_base"] > 0.01
+    refused = AdapterRollout(enforce_eager=True)
+    with pytest.raises(ValueError, match="are quantised by"):
+        refused([trainer.train_dataset[0]["prompt"]], trainer)

@@ -204,6 +204,8 @@ class _EngineHere(_Engine):
         from vllm import LLM
 
         args, accelerator = trainer.args, trainer.accelerator
+        if "model" not in options:
+            _refuse_quantised(trainer.model)
         # As TRL starts its own (trl v1.16.0, trl/generation/vllm_generation.py:330-360): vLLM's launcher for processes
         # that are there already reads these, and starts no process, which a script without a main guard could not.
         os.environ["RANK"] = str(accelerator.process_index)
@@ -214,7 +216,6 @@ class _EngineHere(_Engine):
             "model": trainer.model.name_or_path,
             "revision": (args.model_init_kwargs or {}).get("revision"),
             "dtype": str(_dtype_of(trainer.model)).removeprefix("torch."),
-            "quantization": _quantization_of(trainer.model),
             "distributed_executor_backend": "external_launcher",
             "gpu_memory_utilization": args.vllm_gpu_memory_utilization,
             "max_model_len": args.vllm_max_model_length,
@@ -348,21 +349,16 @@ def _dtype_of(model: PeftModel) -> torch.dtype:
     return model.get_base_model().dtype
 
 
-def _quantization_of(model: PeftModel) -> Optional[str]:
-    """What vLLM has to quantise while it loads, to hold the trainer's weights; `ValueError` where it cannot."""
-    base = model.get_base_model()
-    quantizer = getattr(base, "hf_quantizer", None)
-    # What was saved quantised vLLM reads as such.
-    if quantizer is None or quantizer.pre_quantized:
-        return None
-    settings = quantizer.quantization_config
-    if getattr(settings, "load_in_4bit", False) and settings.bnb_4bit_quant_type == "nf4":
-        return "bitsandbytes"
-    raise ValueError(
-        f"AdapterRollout cannot sample from the trainer's weights: while it loads, vLLM quantises to bitsandbytes' nf4 "
-        f"and nothing else, and these are quantised by {settings.quant_method}. Save the quantised model and train "
-        "from that folder, load it with bnb_4bit_quant_type='nf4', or sample without vLLM."
-    )
+def _refuse_quantised(model: PeftModel) -> None:
+    """Raises `ValueError` where the trainer quantised the weights while it loaded them, which vLLM would not."""
+    quantizer = getattr(model.get_base_model(), "hf_quantizer", None)
+    # What was saved quantised vLLM reads as such, or refuses.
+    if quantizer is not None and not quantizer.pre_quantized:
+        raise ValueError(
+            f"the trainer's weights are quantised by {quantizer.quantization_config.quant_method} while they load, and "
+            "vLLM would sample from the others. Save what they stand for, `model.dequantize().save_pretrained(folder)` "
+            "of the model loaded in the same way and its tokenizer, and give `AdapterRollout(model=folder)`."
+        )
 
 
 def _tokenize(prompts: list, trainer: GRPOTrainer) -> list[list[int]]:
