@@ -124,8 +124,8 @@ def test_vllms_completions_are_kept_and_graded_like_transformers(tmp_path, vllm)
 
 
 def test_a_missing_vllm_is_refused_with_the_way_to_install_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(generation.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"needs vLLM: pip install 'trl\[vllm\]'; or take --backend transformers"):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'trl\[vllm\]', or sample with transformers"):
         evaluate.main(*parse(f"--backend vllm --model_name_or_path a --dataset_name {SAMPLE} --output_dir {tmp_path}"))
 
 
