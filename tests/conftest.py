@@ -8,7 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from datasets import Dataset
-from tiny import ROWS, make_base
+from tiny import DECODER, ROWS, make_base
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
@@ -24,33 +24,16 @@ def _build(config, defaults, overrides):
     return model.eval()
 
 
-# Standard deviation 0.2, so that at hidden size 32 the singular values are of the order of one.
-_DECODER = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "tie_word_embeddings": False,
-}
-
-
 @pytest.fixture
 def tiny_qwen2():
     """`tiny_qwen2(**overrides)`: a Qwen2 of hidden size 32 and 2 layers, 14 linear modules beside the head."""
-    return lambda **overrides: _build(Qwen2Config, _DECODER, overrides)
+    return lambda **overrides: _build(Qwen2Config, DECODER, overrides)
 
 
 @pytest.fixture
 def tiny_llama():
     """`tiny_llama(**overrides)`: a Llama of hidden size 32 and 2 layers, 14 linear modules beside the head."""
-    return lambda **overrides: _build(LlamaConfig, _DECODER, overrides)
+    return lambda **overrides: _build(LlamaConfig, DECODER, overrides)
 
 
 @pytest.fixture

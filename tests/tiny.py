@@ -16,6 +16,22 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+# Standard deviation 0.2, so that at hidden size 32 the singular values are of the order of one.
+DECODER = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+
 PAIRS = [
     ("Anna has 3 pens and buys 4. How many pens?", "3 + 4 = 7\n#### 7"),
     ("Ben has 9 cups and loses 5. How many cups?", "9 - 5 = 4\n#### 4"),

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tiny import DECODER
 from transformers import AutoModelForCausalLM, MistralConfig, Qwen3Config
 
 import trl_tinylora.storage.atomic_write
@@ -38,23 +39,13 @@ UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat1
 @pytest.fixture
 def tiny(tiny_model):
     """`tiny(kind, **overrides)`: a small model of each architecture that is written."""
-    sizes = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "initializer_range": 0.2,
-    }
 
     def make(kind, **overrides):
         if kind not in ("mistral", "qwen3"):
             return tiny_model(kind, **overrides)
         config = {"mistral": MistralConfig, "qwen3": Qwen3Config}[kind]
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config(**{**sizes, **overrides})).eval()
+        return AutoModelForCausalLM.from_config(config(**DECODER | {"head_dim": 8} | overrides)).eval()
 
     return make
 

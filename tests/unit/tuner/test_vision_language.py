@@ -5,24 +5,12 @@ import torch
 import transformers
 from peft import PeftModel, get_peft_model
 from plain_autograd import expected_gradients, set_values, values_of
+from tiny import DECODER
 
 from trl_tinylora import TinyLoraConfig
 
 
 IMAGE = 5
-TEXT = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
 VISION = {
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -34,7 +22,7 @@ VISION = {
 
 
 def llava():
-    vision, text = transformers.CLIPVisionConfig(**VISION), transformers.LlamaConfig(**TEXT)
+    vision, text = transformers.CLIPVisionConfig(**VISION), transformers.LlamaConfig(**DECODER)
     return transformers.LlavaForConditionalGeneration(
         transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
     )
@@ -43,13 +31,13 @@ def llava():
 def gemma3():
     return transformers.Gemma3ForConditionalGeneration(
         transformers.Gemma3Config(
-            vision_config=VISION, text_config=TEXT | {"head_dim": 8}, mm_tokens_per_image=4, image_token_index=IMAGE
+            vision_config=VISION, text_config=DECODER | {"head_dim": 8}, mm_tokens_per_image=4, image_token_index=IMAGE
         )
     )
 
 
 def qwen2_5_vl():
-    text = TEXT | {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+    text = DECODER | {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
     vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
     vision |= {"patch_size": 4, "fullatt_block_indexes": [1], "window_size": 8}
     return transformers.Qwen2_5_VLForConditionalGeneration(
@@ -60,7 +48,7 @@ def qwen2_5_vl():
 def mllama():
     vision = VISION | {"num_global_layers": 1, "attention_heads": 2, "vision_output_dim": 32}
     vision["intermediate_layers_indices"] = [0]
-    text = TEXT | {"num_hidden_layers": 3, "cross_attention_layers": [1]}
+    text = DECODER | {"num_hidden_layers": 3, "cross_attention_layers": [1]}
     return transformers.MllamaForConditionalGeneration(
         transformers.MllamaConfig(vision_config=vision, text_config=text)
     )
@@ -69,7 +57,7 @@ def mllama():
 def smolvlm():
     return transformers.SmolVLMForConditionalGeneration(
         transformers.SmolVLMConfig(
-            vision_config=VISION, text_config=transformers.LlamaConfig(**TEXT), scale_factor=1, image_token_id=IMAGE
+            vision_config=VISION, text_config=transformers.LlamaConfig(**DECODER), scale_factor=1, image_token_id=IMAGE
         )
     )
 
