@@ -1,5 +1,5 @@
 .PHONY: help bad-inputs bench compare compare-full test test-oldest test-distributed test-vllm test-llama-cpp
-.PHONY: results quality style clean
+.PHONY: bench-vllm results quality style clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -25,6 +25,7 @@ help:
 	@echo "make test-vllm     with the real vLLM on a CPU, in an environment of its own"
 	@echo "make test-llama-cpp  llama.cpp reads exported adapters; builds it in ten minutes, in .venv-llama-cpp"
 	@echo "make bench         every row of docs/benchmarks.md; on a quiet machine"
+	@echo "make bench-vllm    what vLLM samples, merged weights beside the adapter; SMOLLM2=FOLDER measures a real model too"
 	@echo "make results       tables, figures and the tree of files in README and docs, from the committed JSON"
 	@echo "make bad-inputs    counts the bad inputs that the tests try, by kind"
 	@echo "make quality       linter; make style fixes what it can"
@@ -75,6 +76,16 @@ bench: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python recipes/benchmark.py step --dtypes bfloat16 --hidden 256 --intermediate 1024 \
 		--key_values 64 --repeats 9 --output recipes/benchmarks/results/step_bfloat16.json
 	$(BIN)/python recipes/benchmark.py harness --update_docs docs/benchmarks.md --update_readme README.md
+
+# SMOLLM2: a folder of SmolLM2-135M-Instruct in float32, if there is one.
+bench-vllm: $(VLLM)/.installed
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python recipes/benchmark.py sampling --prompts 48
+	if [ -n "$(SMOLLM2)" ]; then \
+		OMP_NUM_THREADS=1 $(VLLM)/bin/python recipes/benchmark.py sampling --model $(SMOLLM2) --dtypes float32 \
+			--prompts 12 --output recipes/benchmarks/results/sampling_smollm2.json; \
+		OMP_NUM_THREADS=1 $(VLLM)/bin/python recipes/benchmark.py sampling --model $(SMOLLM2) --dtypes bfloat16 \
+			--prompts 2 --repeats 3 --output recipes/benchmarks/results/sampling_smollm2_bfloat16.json; \
+	fi
 
 results: $(INSTALLED)
 	$(BIN)/python recipes/compare.py --config recipes/toy/compare.yaml --output_dir recipes/toy/results --report_only \

@@ -1,7 +1,6 @@
 """How far what vLLM samples is from the policy: TRL's transfer of merged weights beside `AdapterRollout`.
 
-    python recipes/benchmark.py sampling
-    python recipes/benchmark.py sampling --model SMOLLM2 --prompts 16 --dtypes float32 --output ..._smollm2.json
+    make bench-vllm SMOLLM2=FOLDER
 
 In float32 and bfloat16, and for values of several sizes:
 
