@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Optional, Union
 from urllib.parse import urlsplit
 
 import torch
+from accelerate.utils import broadcast_object_list
 
 from ..convert.lora import export_lora
 from ..tuner.model import TinyLoraModel
@@ -142,6 +143,8 @@ class AdapterRollout:
         if self._engine is None:
             _refuse_settings(trainer)
             _refuse_model(trainer.model, self.adapter_name)
+            # One adapter on a server serves all processes.
+            (self._prefix,) = broadcast_object_list([self._prefix])
             self._engine = self._start(trainer)
         self.send(trainer.model)
         # The main process sends to a server; nobody samples before it has.
