@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import tempfile
 import urllib.error
 import urllib.request
@@ -167,6 +168,8 @@ class AdapterRollout:
         export_lora(model, folder, self.adapter_name, dtype=self.dtype or _dtype_of(model))
         self._engine.load(f"{self._prefix}-{self._n_sent}", self._n_sent, folder)
         self._sent = values
+        # Nobody reads the one before again, and memory is not a disk.
+        shutil.rmtree(Path(self._folder.name, f"{self._n_sent - 1}"), ignore_errors=True)
         return sum(path.stat().st_size for path in folder.iterdir())
 
     def close(self) -> None:

@@ -117,6 +117,8 @@ def test_an_adapter_is_sent_where_its_values_have_changed_and_under_a_new_name(s
     ]  # fmt: skip
     first, second = (body for path, body in stand_in.requests if path == "/v1/load_lora_adapter")
     assert first["lora_name"] != second["lora_name"] == stand_in.requests[-1][1]["model"]
+    # Shared memory holds one adapter at a time.
+    assert Path(second["lora_path"]).is_dir() and not Path(first["lora_path"]).exists()
     rollout.close()
     assert stand_in.requests[-1] == ("/v1/unload_lora_adapter", {"lora_name": second["lora_name"]})
     assert not Path(second["lora_path"]).exists()
