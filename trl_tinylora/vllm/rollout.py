@@ -173,10 +173,10 @@ class AdapterRollout:
         return sum(path.stat().st_size for path in folder.iterdir())
 
     def close(self) -> None:
-        """Takes the adapter off a server, ends an engine in this process, and removes the files."""
+        """Takes the adapter off a server and removes the files; an engine in this process ends with this object."""
         if self._engine is not None:
             self._engine.close()
-        self._engine = self._sent = None
+        self._sent = None
         self._folder.cleanup()
 
     def _start(self, trainer: GRPOTrainer) -> _Engine:
@@ -262,7 +262,8 @@ class _EngineHere(_Engine):
         return [list(one.token_ids) for one in sampled], logprobs
 
     def close(self) -> None:
-        self.llm = None
+        # It stays: vLLM ends torch's process group with its engine, and a trainer that saves still needs that.
+        pass
 
 
 class _Server(_Engine):
