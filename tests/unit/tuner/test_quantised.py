@@ -240,15 +240,25 @@ def refused(model, names, words):
         assert [type(module) for module in model.modules()] == before
 
 
-def test_float8_layers_are_refused_and_their_checkpoint_is_loaded_dequantised(make_model, base_folder, tmp_path):
+def test_float8_layers_are_refused_with_what_loads_them_dequantised(make_model):
     from transformers.integrations.finegrained_fp8 import FP8Linear
 
     model = make_model()
     model.model.layers[1].self_attn.o_proj = FP8Linear(32, 32, block_size=(128, 128))
     refused(model, r"transformers\.\S*finegrained_fp8\.FP8Linear", r"FineGrainedFP8Config\(dequantize=True\)")
+
+
+def test_a_float8_checkpoint_that_transformers_dequantises_is_a_base_as_any(base_folder, tmp_path):
     # On a machine without a GPU transformers does that by itself.
     folder = write_float8(base_folder, tmp_path / "float8")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), TinyLoraConfig())
+    try:
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    except RuntimeError as error:
+        # Of transformers 5.6 in our oldest versions.
+        if "automatic conversion of the weights" not in str(error):
+            raise
+        pytest.skip("this transformers does not convert such a checkpoint")
+    model = get_peft_model(base, TinyLoraConfig())
     set_values(model)
     loss_of(model.train()).backward()
     assert values_of(model).grad.abs().min() > 0
