@@ -21,6 +21,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from benchmarks.fidelity import set_values
 from benchmarks.harness import Row, in_turns, parser_of, ratio_of, run
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -117,13 +118,6 @@ def distances(model, sampled: dict[str, list]) -> dict[str, float]:
         "kl_from_policy": divergence(policy),
         "kl_from_base": divergence(base),
     }
-
-
-def set_values(model, size: float) -> None:
-    """Gives the adapter random values of a size."""
-    values_GK = model.base_model.bank.trl_tinylora_v["default"].values_GK
-    with torch.no_grad():
-        values_GK.copy_(size * torch.randn(values_GK.shape, generator=torch.Generator().manual_seed(0)))
 
 
 def scored(llm, rows: list[tuple[list[int], list[int]]], request=None) -> torch.Tensor:

@@ -30,7 +30,6 @@ from transformers.pytorch_utils import Conv1D
 from ..config import TinyLoraConfig
 from ..storage.atomic_write import written_whole
 from ..storage.checkpoint import PREFIX, read_fields
-from ..tuner.layer import Linear
 from ..tuner.model import TinyLoraModel
 from ..tuner.targets import unwrap
 
@@ -91,7 +90,7 @@ def lora_factors(model: PeftModel, adapter_name: str = "default") -> dict[str, t
 
     Returns:
         `dict` of A, shape `(r, in_features)`, in its dtype and on its device, and B, shape `(out_features, r)`, dtype
-        float64 on the CPU, by the module's name in the base model, in the base model's order.
+        float64 on the CPU, by the module's name in the base model, in depth order.
 
     Raises:
         TypeError: If the model is no `PeftModel` with a TinyLoRA adapter.
@@ -107,14 +106,12 @@ def lora_factors(model: PeftModel, adapter_name: str = "default") -> dict[str, t
     config: TinyLoraConfig = model.peft_config[adapter_name]
     refuse_what_is_no_lora(config)
 
-    factors, mixings_MRR = {}, None
-    for name, layer in model.get_base_model().named_modules():
-        if isinstance(layer, Linear) and layer.place(adapter_name) is not None:
-            vectors, index = layer.place(adapter_name)
-            if mixings_MRR is None:
-                mixings_MRR = vectors.mixings().cpu().double()
-            left_OR, right_RI = layer.factors_of(vectors.plan)
-            factors[name] = right_RI, left_OR.cpu().double() @ mixings_MRR[index]
+    vectors, base = model.base_model.bank.vectors(adapter_name), model.get_base_model()
+    mixings_MRR = vectors.mixings().cpu().double()
+    factors = {}
+    for name, index in vectors.plan.index.items():
+        left_OR, right_RI = base.get_submodule(name).factors_of(vectors.plan)
+        factors[name] = right_RI, left_OR.cpu().double() @ mixings_MRR[index]
     return factors
 
 

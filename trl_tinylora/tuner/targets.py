@@ -221,15 +221,16 @@ def _without_left_out(model: nn.Module, names: list[str], rank: int) -> list[str
     """The names that "all-linear" stands for; warns of what it leaves out: other stacks than the language model's,
     modules that cannot have the rank, and experts that are no linear layers."""
     decoder = _decoder_of(model)
-    outside = [name for name in names if not name.startswith(f"{decoder}.")] if decoder else []
-    if outside and len(outside) < len(names):
+    inside = [name for name in names if name.startswith(f"{decoder}.")]
+    if inside and len(inside) < len(names):
+        outside = [name for name in names if name not in set(inside)]
         warnings.warn(
             f'target_modules="all-linear" adapts the language model, {decoder}, and leaves out {len(outside)} linear '
             f"layers beside it: {', '.join(outside[:3])}{', ...' if len(outside) > 3 else ''}. TinyLoRA adapts one "
             "stack of blocks: to adapt that one instead, name its modules in `target_modules`.",
             stacklevel=2,
         )
-        names = [name for name in names if name.startswith(f"{decoder}.")]
+        names = inside
     thin = [name for name in names if min(shape_of(unwrap(model.get_submodule(name)))) < rank]
     if thin and len(thin) < len(names):
         warnings.warn(
