@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Optional, Union
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
@@ -227,7 +228,8 @@ def _without_left_out(model: nn.Module, names: list[str], rank: int) -> list[str
         warnings.warn(
             f'target_modules="all-linear" adapts the language model, {decoder}, and leaves out {len(outside)} linear '
             f"layers beside it: {', '.join(outside[:3])}{', ...' if len(outside) > 3 else ''}. TinyLoRA adapts one "
-            "stack of blocks: to adapt that one instead, name its modules in `target_modules`.",
+            "stack of blocks: to adapt that one instead, name its modules in `target_modules`. A new head is neither "
+            "trained nor saved unless `modules_to_save` names it.",
             stacklevel=2,
         )
         names = inside
@@ -272,7 +274,10 @@ def _refuse_unmatched(model: nn.Module, config: TinyLoraConfig, names: list[str]
     unmatched = {}
     if not isinstance(config.target_modules, str):
         unmatched["target_modules"] = [wanted for wanted in config.target_modules if not is_in(wanted, everywhere)]
-    unmatched["modules_to_save"] = [wanted for wanted in config.modules_to_save or [] if not is_in(wanted, everywhere)]
+    # For a classifier PEFT itself asks for every name that a head can have, of which a model has one.
+    heads = SEQ_CLS_HEAD_NAMES if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else []
+    beside = everywhere + heads if any(is_in(head, everywhere) for head in heads) else everywhere
+    unmatched["modules_to_save"] = [wanted for wanted in config.modules_to_save or [] if not is_in(wanted, beside)]
     if isinstance(config.layers_to_transform, list):
         indexes = {int(part) for name in names for part in name.split(".") if part.isdigit()}
         unmatched["layers_to_transform"] = [index for index in config.layers_to_transform if index not in indexes]

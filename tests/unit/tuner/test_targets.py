@@ -5,7 +5,14 @@ import warnings
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Qwen3MoeConfig
+from tiny import DECODER
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
 
 from trl_tinylora import TinyLoraConfig
 
@@ -63,3 +70,37 @@ def test_a_model_without_experts_leaves_nothing_out(tiny_qwen2):
         warnings.simplefilter("error", UserWarning)
         model = get_peft_model(tiny_qwen2(), TinyLoraConfig())
     assert len(model.base_model.bank.plans[0].index) == 14
+
+
+def classifier():
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_config(Qwen2Config(**DECODER, num_labels=3)).eval()
+
+
+# PEFT asks for "classifier" and "score" then, as every sequence classifier has one of them.
+@pytest.mark.parametrize("named", [None, ["score"]])
+def test_the_head_of_a_classifier_is_trained_saved_and_loaded_by_its_task_alone(token_ids, tmp_path, named):
+    model = get_peft_model(classifier(), TinyLoraConfig(task_type="SEQ_CLS", modules_to_save=named))
+    head = model.base_model.model.score.modules_to_save["default"].weight
+    assert sum(p.requires_grad for p in model.parameters()) == 2 and head.requires_grad
+    with torch.no_grad():
+        head.add_(0.5)
+        expected = model(token_ids).logits
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        model.save_pretrained(folder)
+        model = PeftModel.from_pretrained(classifier(), folder)
+        with torch.no_grad():
+            assert torch.equal(model(token_ids).logits, expected)
+
+
+@pytest.mark.filterwarnings("ignore:target_modules")
+def test_a_head_of_another_name_is_still_missed():
+    with pytest.raises(ValueError, match=r"\['scroe'\] in modules_to_save"):
+        get_peft_model(classifier(), TinyLoraConfig(task_type="SEQ_CLS", modules_to_save=["scroe"]))
+    with pytest.raises(ValueError, match=r"\['classifier'\] in modules_to_save"):
+        get_peft_model(classifier(), TinyLoraConfig(modules_to_save=["classifier"]))
+
+
+def test_a_head_that_is_neither_trained_nor_saved_is_named_with_the_way_out():
+    with pytest.warns(UserWarning, match="leaves out 1 linear layers beside it: score.*unless `modules_to_save` names"):
+        get_peft_model(classifier(), TinyLoraConfig())
