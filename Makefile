@@ -94,6 +94,7 @@ results: $(INSTALLED)
 	$(BIN)/python recipes/tables.py
 	$(BIN)/python docs/tree.py
 	$(BIN)/python docs/bad_inputs.py --update
+	$(BIN)/python docs/trainers.py --update
 
 quality: $(INSTALLED)
 	$(BIN)/ruff check $(RUFF) $(RULES) $(CODE)
