@@ -73,6 +73,7 @@ class Listed:
         rows (`list[dict]`): What it trains on.
         remark (`str`): What a user must know, in the table.
         runs (`str`): Whether it runs, in the table.
+        since (`str`): The first version of TRL with which it is run.
         config (`str`, *optional*): The class of its arguments, where that is not the trainer's with another ending.
         args (`dict`): Arguments beside those of every trainer.
         others (`Callable`): From the base's folder, what its constructor takes beside.
@@ -86,6 +87,7 @@ class Listed:
     rows: list
     remark: str = ""
     runs: str = "yes"
+    since: str = "1.11"
     config: str | None = None
     args: dict = field(default_factory=dict)
     others: Callable = lambda base: {}
@@ -173,8 +175,9 @@ TRAINERS = [
     Listed(
         "trl.experimental.async_distillation.AsyncDistillationTrainer",
         PROMPTS,
-        "needs vLLM's servers and a GPU, for LoRA too; tested with stand-ins for them, which get the merged weights",
+        "needs vLLM's servers and a GPU, for LoRA too: tested with stand-ins, which get the merged weights",
         runs="with stand-ins",
+        since="1.16",
         args={**QUEUED, **TEACHERS, "model_init_kwargs": {"attn_implementation": "sdpa"}},
         others=with_sampler(stand_ins.distillation_samples),
         stands_in=lambda base: stand_ins.on_a_cpu("trl.experimental.async_distillation.async_distillation_trainer"),
@@ -184,6 +187,7 @@ TRAINERS = [
         PROMPTS,
         "the same",
         runs="with stand-ins",
+        since="1.16",
         args=QUEUED,
         others=with_sampler(stand_ins.grpo_samples),
         stands_in=lambda base: stand_ins.on_a_cpu("trl.experimental.async_grpo.async_grpo_trainer"),
@@ -229,7 +233,7 @@ TRAINERS = [
     Listed(
         "trl.experimental.server_distillation.ServerDistillationTrainer",
         PROMPTS,
-        "needs a teacher on a vLLM server; tested with a stand-in for it",
+        "needs a teacher on a vLLM server: tested with a stand-in",
         runs="with stand-ins",
         args={"max_completion_length": 6, "teacher_model_server_url": "http://localhost"},
         stands_in=lambda base: {
