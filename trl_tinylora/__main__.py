@@ -86,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--values", type=_count, nargs="+", metavar="N", help="numbers of trained values to plan for")
     plan.add_argument("--r", type=_count, default=2, help="rank of the frozen SVD (default 2)")
     plan.add_argument("--target_modules", nargs="+", metavar="NAME", help='names of modules (default "all-linear")')
+    experts = "fused experts to adapt as well (default none)"
+    plan.add_argument("--target_parameters", nargs="+", metavar="NAME", help=experts)
     command(_inspect, "what an adapter folder holds", adapter=either)
     about = "write an adapter (also one of PEFT's TINYLORA) as a plain LoRA"
     export = command(_export, about, adapter=either, out="folder to write, or a .gguf file with `--format gguf`")
@@ -149,7 +151,7 @@ def _plan(options: argparse.Namespace) -> None:
     from .tuner.targets import resolve_target_modules, skeleton
 
     model = skeleton(AutoConfig.from_pretrained(options.model))
-    fields = {"r": options.r}
+    fields = {"r": options.r, "target_parameters": options.target_parameters}
     if options.target_modules:
         fields["target_modules"] = options.target_modules
     names = resolve_target_modules(model, TinyLoraConfig(**fields))
@@ -259,10 +261,9 @@ def _verify(options: argparse.Namespace) -> None:
     refuse_unfit_base(options.model)
     folder, fields = _read_adapter(options.adapter)
     _register_quietly()
-    from .tuner.layer import Linear
 
     model = _load(folder, fields, options.model)
-    n_modules = sum(isinstance(module, Linear) for module in model.modules())
+    n_modules = len(model.base_model.bank.vectors("default").plan.index)
     n_values = sum(p.numel() for name, p in model.named_parameters() if "lora_magnitude_vector" in name)
     print(f"OK: {n_values} values on {n_modules} modules of {options.model}")
 
@@ -276,17 +277,17 @@ def _load(folder: Path, fields: dict, base: str) -> PeftModel:
 
     from .config import TinyLoraConfig
     from .storage.fingerprint import probes_needed, refuse_another_base, take_probe
-    from .tuner.targets import as_OI, resolve_target_modules, weight_of
+    from .tuner.targets import each_matrix, resolve_target_modules
 
     config = TinyLoraConfig.from_pretrained(str(folder))
     model = AutoModelForCausalLM.from_pretrained(base)
     if config.base_fingerprint is not None:
-        linears = {name: model.get_submodule(name) for name in resolve_target_modules(model, config)}
-        count = probes_needed(len(linears))
+        names = resolve_target_modules(model, config)
+        count = probes_needed(len(names))
         try:
             refuse_another_base(
                 config.base_fingerprint,
-                {name: take_probe(name, as_OI(linear, weight_of(linear)), count) for name, linear in linears.items()},
+                {name: take_probe(name, weight_OI, count) for name, weight_OI in each_matrix(model, names)},
             )
         except ValueError as error:
             own = config.base_model_name_or_path or "the model that it was trained on"

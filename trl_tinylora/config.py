@@ -80,6 +80,9 @@ class TinyLoraConfig(PeftConfig):
         target_modules (`list[str]` or `str`, *optional*, defaults to `"all-linear"`):
             Modules to adapt, with PEFT's meaning: a list of names or name endings, a regular expression, or
             `"all-linear"` (every linear layer but the output embedding).
+        target_parameters (`list[str]`, *optional*):
+            Fused experts to adapt, each of their matrices as a module of its own: names of parameters or their endings,
+            as `["experts.gate_up_proj", "experts.down_proj"]`. `target_modules` may be empty then.
         exclude_modules (`list[str]` or `str`, *optional*):
             Modules not to adapt: a list of names or name endings, or a regular expression.
         layers_to_transform (`list[int]` or `int`, *optional*):
@@ -139,6 +142,7 @@ class TinyLoraConfig(PeftConfig):
     projection: Literal["gaussian", "basis"] = "gaussian"
     projection_seed: int = 0
     target_modules: Optional[Union[list[str], str]] = "all-linear"
+    target_parameters: Optional[list[str]] = None
     exclude_modules: Optional[Union[list[str], str]] = None
     layers_to_transform: Optional[Union[list[int], int]] = None
     layers_pattern: Optional[Union[list[str], str]] = None

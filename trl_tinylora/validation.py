@@ -89,11 +89,15 @@ def _refuse_wrong_tying(tying: object) -> None:
 
 def _refuse_wrong_targets(config: TinyLoraConfig) -> None:
     """Of the fields that choose modules, layers and tokens."""
-    if config.target_modules is None or config.target_modules in ("", [], set()):
+    is_empty = config.target_modules in ([], set())
+    if config.target_modules in (None, "") or (is_empty and not config.target_parameters):
         raise ValueError(
             f'`target_modules` must be "all-linear", a list of names or a regular expression, got '
-            f"{config.target_modules!r}."
+            f"{config.target_modules!r}. It may be empty where `target_parameters` names fused experts."
         )
+    if isinstance(config.target_parameters, str):
+        raise TypeError(f"`target_parameters` must be a list of names, got {config.target_parameters!r}.")
+    _refuse_no_names("target_parameters", config.target_parameters, "a list of names")
     for name in ("target_modules", "exclude_modules", "layers_pattern"):
         _refuse_no_names(name, getattr(config, name), "a text or a list of names")
     if isinstance(config.modules_to_save, str):

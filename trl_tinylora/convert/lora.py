@@ -31,7 +31,7 @@ from ..config import TinyLoraConfig
 from ..storage.atomic_write import written_whole
 from ..storage.checkpoint import PREFIX, read_fields
 from ..tuner.model import TinyLoraModel
-from ..tuner.targets import unwrap
+from ..tuner.targets import holders, unwrap
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -56,6 +56,9 @@ def export_lora(
     2^-11 for float16; for r=2 that is 0.95% and 0.12%. For float16, whose smallest numbers are not far below a small
     update, a power of two is moved from A to B so that their largest entries are of one size; that changes no product.
     Who loads the file may round once more: vLLM casts it to the model's dtype, so export float16 for a float16 model.
+
+    Fused experts are written as PEFT's LoRA has them (`target_parameters`), which vLLM reads with
+    `enable_mixed_moe_lora_format` and `LoRARequest(..., is_3d_lora_weight=True)`.
 
     The file is as large as a LoRA's: r * (out_features + in_features) numbers a module. It is written to a temporary
     path first and moved into the folder whole. Modules that were trained in full beside the adapter (`modules_to_save`,
@@ -109,9 +112,11 @@ def lora_factors(model: PeftModel, adapter_name: str = "default") -> dict[str, t
     vectors, base = model.base_model.bank.vectors(adapter_name), model.get_base_model()
     mixings_MRR = vectors.mixings().cpu().double()
     factors = {}
-    for name, index in vectors.plan.index.items():
-        left_OR, right_RI = base.get_submodule(name).factors_of(vectors.plan)
-        factors[name] = right_RI, left_OR.cpu().double() @ mixings_MRR[index]
+    for place in holders(base, list(vectors.plan.index)):
+        layer = base.get_submodule(place.module)
+        for name in place.names:
+            left_OR, right_RI = layer.factors(vectors.plan.factor_key(name), name)
+            factors[name] = right_RI, left_OR.cpu().double() @ mixings_MRR[vectors.plan.index[name]]
     return factors
 
 
@@ -166,16 +171,28 @@ def write_lora(
             f"{folder} holds an adapter already ({', '.join(found)}). Name another folder, or set `overwrite` "
             "(`--overwrite`)."
         )
-    tensors = {}
-    for name, (down_RI, up_OR) in factors.items():
-        for part, factor in zip("AB", rounded(name, down_RI, up_OR, dtype), strict=True):
+    tensors, places = {}, holders(base, list(factors))
+    linear = [place.module for place in places if place.parameter == "weight"]
+    fused = [place for place in places if place.parameter != "weight"]
+    for name in linear:
+        for part, factor in zip("AB", rounded(name, *factors[name], dtype), strict=True):
             tensors[f"{PREFIX}{name}.lora_{part}.weight"] = factor
+    # PEFT puts a wrapper for each parameter around the one before it.
+    last = {place.module: place for place in fused}
+    for place in fused:
+        pairs = [rounded(name, *factors[name], dtype) for name in place.names]
+        inside = "" if last[place.module] is place else ".base_layer"
+        down, up = zip(*pairs, strict=True)
+        tensors[f"{PREFIX}{place.module}{inside}.lora_A.weight"] = torch.cat(down)
+        # Column `rank * experts + expert` (peft v0.21.2, tuners/lora/layer.py, ParamWrapper.get_delta_weight).
+        tensors[f"{PREFIX}{place.module}{inside}.lora_B.weight"] = torch.stack(up, dim=2).flatten(1)
     config = LoraConfig(
         r=adapter.r,
         lora_alpha=adapter.r,
         lora_dropout=dropout,
-        target_modules=_target_modules(factors, base),
-        fan_in_fan_out=any(isinstance(unwrap(base.get_submodule(name)), Conv1D) for name in factors),
+        target_modules=_target_modules(linear, base),
+        target_parameters=[f"{place.module}.{place.parameter}" for place in fused] or None,
+        fan_in_fan_out=any(isinstance(unwrap(base.get_submodule(name)), Conv1D) for name in linear),
         task_type=adapter.task_type,
         base_model_name_or_path=adapter.base_model_name_or_path or base.__dict__.get("name_or_path") or None,
         revision=adapter.revision,

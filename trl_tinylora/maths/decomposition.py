@@ -46,15 +46,15 @@ def sum_of_outer_products(columns_OR: torch.Tensor, rows_RI: torch.Tensor) -> to
     them in a way of its own, from one call to the next. Its cost grows with r; up to about 16 it is a product's.
 
     Args:
-        columns_OR (`torch.Tensor`): Shape `(out_features, r)`.
-        rows_RI (`torch.Tensor`): Shape `(r, in_features)`.
+        columns_OR (`torch.Tensor`): Shape `(..., out_features, r)`.
+        rows_RI (`torch.Tensor`): Shape `(..., r, in_features)`.
 
     Returns:
-        `torch.Tensor` of shape `(out_features, in_features)`.
+        `torch.Tensor` of shape `(..., out_features, in_features)`.
     """
-    total_OI = columns_OR[:, :1] * rows_RI[0]
-    for rank in range(1, len(rows_RI)):
-        total_OI += columns_OR[:, rank : rank + 1] * rows_RI[rank]
+    total_OI = columns_OR[..., :1] * rows_RI[..., :1, :]
+    for rank in range(1, rows_RI.shape[-2]):
+        total_OI += columns_OR[..., rank : rank + 1] * rows_RI[..., rank : rank + 1, :]
     return total_OI
 
 

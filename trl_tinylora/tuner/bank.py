@@ -45,7 +45,7 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
         super().__init__()
         self.trl_tinylora_v = nn.ModuleDict()
         self.merged_adapters = []
-        # Names of the layers whose weights are merged: fewer than all of them where a merge failed half-way.
+        # The first names of the layers whose weights are merged: fewer than all where a merge failed half-way.
         self.merged_layers: set[str] = set()
         self.plans: list[Plan] = []
         # Set while a batch is under way whose rows have adapters of their own.

@@ -19,9 +19,9 @@ from ..maths.basis import encode_basis, encode_certain_basis, has_basis, recover
 from ..maths.svd import truncated_svd
 from ..storage.checkpoint import MAX_UNCERTAINTY
 from ..storage.fingerprint import Measured, probes_needed, take_probe
+from .adapted_layer import AdaptedLayer
 from .bank import TinyLoraBank
-from .layer import Linear
-from .targets import as_OI, is_quantised, unwrap, weight_of
+from .targets import Holder, expert_names, holders, is_quantised, matrices, unwrap, weight_of
 
 
 def compute_factors(
@@ -44,41 +44,47 @@ def compute_factors(
     Raises:
         ValueError: If a weight has non-finite entries or is on the meta device; the message names the module.
     """
-    weights = [unwrap(model.get_submodule(name)).weight for name in names]
+    places = holders(model, names)
+    weights = [getattr(unwrap(model.get_submodule(place.module)), place.parameter) for place in places]
     # Gathering is a collective operation, in the same order on all processes; an accelerator runs one at a time anyway.
     is_independent = all(weight.device.type == "cpu" and not is_sharded(weight) for weight in weights)
     compute = partial(_compute, model, bank, rank, probes_needed(len(names)))
     with _one_thread_each() as threads, ThreadPoolExecutor(threads) as pool:
-        results = (pool.map if is_independent else map)(compute, names)
-        bar = tqdm(results, total=len(names), desc="TinyLoRA: singular vectors", delay=3, leave=False)
-        found = dict(zip(names, bar, strict=True))
-    return {name: factors for name, (factors, _) in found.items()}, {name: other for name, (_, other) in found.items()}
+        results = (pool.map if is_independent else map)(compute, places)
+        bar = tqdm(results, total=len(places), desc="TinyLoRA: singular vectors", delay=3, leave=False)
+        found = {name: result for found_there in bar for name, result in found_there.items()}
+    return {name: found[name][0] for name in names}, {name: found[name][1] for name in names}
 
 
 def _compute(
-    model: nn.Module, bank: Optional[TinyLoraBank], rank: int, probes: int, name: str
-) -> tuple[tuple[torch.Tensor, torch.Tensor], Measured]:
-    """U S and V^T of one module, and what else is measured of its weight."""
-    module = model.get_submodule(name)
-    known = module.factors((rank, None)) if isinstance(module, Linear) else None
-    before = None if known is None else bank.measured(name, rank)
-    if before is not None and len(before.probe.values) >= probes:
-        return known, before
-    with _whole_weight(name, module) as weight_OI:
-        if before is None:
-            *factors, uncertainty = truncated_svd(weight_OI, rank)
-            basis = None
-            if uncertainty > MAX_UNCERTAINTY:
-                basis = encode_basis(name, weight_OI, factors[1], MAX_UNCERTAINTY)
-            elif is_quantised(unwrap(module)):
-                # Users train on few bits and serve on 16.
-                basis = encode_certain_basis(name, factors[1])
-        else:
-            factors, basis = known, before.basis
-        measured = Measured(take_probe(name, weight_OI, probes), basis)
-    if is_sharded(unwrap(module).weight):
-        same_on_all(factors)
-    return tuple(factors), measured
+    model: nn.Module, bank: Optional[TinyLoraBank], rank: int, probes: int, place: Holder
+) -> dict[str, tuple[tuple[torch.Tensor, torch.Tensor], Measured]]:
+    """By matrix: U S and V^T, and what else is measured of it."""
+    module = model.get_submodule(place.module)
+    found = {}
+    for name in place.names:
+        known = module.factors((rank, None), name) if isinstance(module, AdaptedLayer) else None
+        found[name] = known, None if known is None else bank.measured(name, rank)
+    if all(before is not None and len(before.probe.values) >= probes for _, before in found.values()):
+        return found
+    with _whole_weights(place, module) as weights:
+        for name, weight_OI in weights:
+            known, before = found[name]
+            if before is None:
+                *known, uncertainty = truncated_svd(weight_OI, rank)
+                basis = None
+                if uncertainty > MAX_UNCERTAINTY:
+                    basis = encode_basis(name, weight_OI, known[1], MAX_UNCERTAINTY)
+                elif is_quantised(unwrap(module)):
+                    # Users train on few bits and serve on 16.
+                    basis = encode_certain_basis(name, known[1])
+            else:
+                basis = before.basis
+            found[name] = tuple(known), Measured(take_probe(name, weight_OI, probes), basis)
+    if is_sharded(getattr(unwrap(module), place.parameter)):
+        for factors, _ in found.values():
+            same_on_all(factors)
+    return found
 
 
 @contextmanager
@@ -107,34 +113,50 @@ def recover_factors(
         `dict[str, tuple[torch.Tensor, torch.Tensor]]`: Empty where there is none.
     """
     recovered = {}
-    for name, basis in (config.singular_bases or {}).items():
-        if name not in factors or has_basis(name, factors[name][1], basis):
-            continue
-        module = model.get_submodule(name)
-        known = module.factors((config.r, basis)) if isinstance(module, Linear) else None
-        if known is None:
-            with _whole_weight(name, module) as weight_OI:
-                known = recover_basis(name, weight_OI, config.r, basis)
-            if is_sharded(unwrap(module).weight):
-                same_on_all(known)
-        recovered[name] = known
+    needed = {
+        name: basis
+        for name, basis in (config.singular_bases or {}).items()
+        if name in factors and not has_basis(name, factors[name][1], basis)
+    }
+    for place in holders(model, list(needed)):
+        module, there = model.get_submodule(place.module), {}
+        if isinstance(module, AdaptedLayer):
+            there = {name: module.factors((config.r, needed[name]), name) for name in place.names}
+        if None in (there or {"": None}).values():
+            with _whole_weights(place, module) as weights:
+                there = {
+                    name: recover_basis(name, weight_OI, config.r, needed[name])
+                    for name, weight_OI in weights
+                    if name in needed
+                }
+            if is_sharded(getattr(unwrap(module), place.parameter)):
+                for factors_there in there.values():
+                    same_on_all(factors_there)
+        recovered |= there
     return recovered
 
 
 @contextmanager
-def _whole_weight(name: str, module: nn.Module) -> Iterator[torch.Tensor]:
-    """A module's weight without adapters, gathered where it is sharded: one at a time is small beside the model."""
-    linear = unwrap(module)
-    if linear.weight.is_meta:
+def _whole_weights(place: Holder, module: nn.Module) -> Iterator[Iterator[tuple[str, torch.Tensor]]]:
+    """The matrices in a parameter without adapters, with their names; gathered where the parameter is sharded: one at a
+    time is small beside the model."""
+    layer = unwrap(module)
+    parameter = getattr(layer, place.parameter)
+    name = place.names[0]
+    if parameter.is_meta:
         raise ValueError(
             f"the weight of {name} is on the meta device: it has no values yet. Load the model's weights first "
             "(`from_pretrained` without `device_map='meta'` or `init_empty_weights`; under FSDP with "
             "`fsdp_cpu_ram_efficient_loading: false`, for otherwise only the first process has them)."
         )
     try:
-        with gathered([linear.weight]):
-            weight = module.unmerged_weight() if isinstance(module, Linear) else weight_of(linear)
-            yield as_OI(linear, whole(weight))
+        with gathered([parameter]):
+            if isinstance(module, AdaptedLayer):
+                weight = module.unmerged_weight(place.parameter)
+            else:
+                weight = weight_of(layer) if place.parameter == "weight" else parameter.data
+            names = place.names if weight.ndim == 2 else expert_names(place.module, layer)[place.parameter]
+            yield zip(names, matrices(layer, place.parameter, whole(weight)), strict=True)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
@@ -193,7 +215,7 @@ class ModuleTree:
         for module, children in self._children:
             module._modules.clear()
             module._modules.update(children)
-            if isinstance(module, Linear):
+            if isinstance(module, AdaptedLayer):
                 module.drop_unused_factors()
         for parameter, requires_grad in self._trained:
             parameter.requires_grad_(requires_grad)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -29,10 +29,10 @@ class GradientBuffer:
     def __init__(self):
         self._grad_MRR: Optional[torch.Tensor] = None
 
-    def add(self, index: int, grad_RR: torch.Tensor, n_modules: int) -> None:
-        """Adds to the gradient of one module's R."""
+    def add(self, index: Union[int, slice], grad_RR: torch.Tensor, n_modules: int) -> None:
+        """Adds to the gradient of one module's R, or of that of several that follow one another."""
         if self._grad_MRR is None:
-            self._grad_MRR = grad_RR.new_zeros(n_modules, *grad_RR.shape)
+            self._grad_MRR = grad_RR.new_zeros(n_modules, *grad_RR.shape[-2:])
         self._grad_MRR[index].add_(grad_RR.to(self._grad_MRR))
 
     def take(self) -> Optional[torch.Tensor]:

@@ -1,31 +1,26 @@
-"""One adapted linear layer: forward, merge, unmerge."""
+"""One adapted linear layer."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Optional
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..distributed import is_partitioned, local_data, set_local_data
 from ..maths.decomposition import sum_of_outer_products
-from .bank import TinyLoraBank, TinyLoraLayer
+from .adapted_layer import AdaptedLayer
+from .bank import TinyLoraBank
 from .gradient import AddUpdate, MixedHidden
-from .merging import merged_weight, refuse_not_finite, restore, set_aside
 from .mixed_batch import mixed_of_rows
 from .plan import Plan
-from .targets import is_quantised, weight_of
-from .values import Vectors
+from .targets import weight_of
 
 
-class Linear(nn.Module, TinyLoraLayer):
+class Linear(AdaptedLayer):
     """
     A frozen linear layer plus `x -> x V R^T (U S)^T`, the transpose of `U S R V^T` (arXiv:2602.04118, section 4).
-
-    The frozen factors are kept once per rank, whatever the number of adapters. The layer holds no parameter and nothing
-    else of an adapter: both are in the bank.
 
     Args:
         base_layer (`torch.nn.Module`): The linear layer, `nn.Linear` or `Conv1D`.
@@ -34,21 +29,10 @@ class Linear(nn.Module, TinyLoraLayer):
     """
 
     def __init__(self, base_layer: nn.Module, name: str, bank: TinyLoraBank):
-        super().__init__()
-        self.base_layer = base_layer
+        super().__init__(base_layer, {"weight": (name,)}, bank)
         self.name = name
-        # A tuple, so that the bank does not become a child of every layer.
-        self._bank = (bank,)
-        # No buffers: DDP broadcasts those before every forward pass, megabytes beside the 52 bytes of a gradient.
-        self._factors: dict[Hashable, tuple[torch.Tensor, torch.Tensor]] = {}
-        # The same on the device and in the dtype of a pass: a cast costs as much as one of the small products.
-        self._cast_factors: dict[Hashable, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.merged_adapters = []
-        # The base weight without adapters, while adapters are merged.
-        self._original_weight: Optional[torch.Tensor] = None
-        self._disable_adapters = False
 
-    def factors(self, key: Hashable) -> Optional[tuple[torch.Tensor, torch.Tensor]]:
+    def factors(self, key: Hashable, name: Optional[str] = None) -> Optional[tuple[torch.Tensor, torch.Tensor]]:
         """Returns U S and V^T, or None where no adapter with these factors was added."""
         return self._factors.get(key)
 
@@ -56,11 +40,11 @@ class Linear(nn.Module, TinyLoraLayer):
         """Returns U S and V^T as the adapters of a plan use them."""
         return self._factors[plan.factor_key(self.name)]
 
-    def keep_factors(self, key: Hashable, factors: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Keeps factors for the adapters that use them, unless that was done before."""
-        left_OR, right_RI = factors
+    def keep_factors(self, plan: Plan, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Keeps the factors of a plan's adapters, given by the matrices' names, unless that was done before."""
+        left_OR, right_RI = factors[self.name]
         # With r rows in memory each: a product with r columns takes up to six times as long.
-        self._factors.setdefault(key, (left_OR.mT.contiguous().mT, right_RI.contiguous()))
+        self._factors.setdefault(plan.factor_key(self.name), (left_OR.mT.contiguous().mT, right_RI.contiguous()))
 
     def drop_unused_factors(self) -> None:
         """Forgets the factors that no adapter of this module uses."""
@@ -68,34 +52,6 @@ class Linear(nn.Module, TinyLoraLayer):
         if not used.issuperset(self._factors):
             self._factors = {key: factors for key, factors in self._factors.items() if key in used}
             self._cast_factors.clear()
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        """The active adapters, as the bank has them."""
-        return self._bank[0].active_adapter
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Of no effect: PEFT tells the bank as well."""
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Deletes an adapter from the bank, unless that was done before, and the factors that no other one uses."""
-        # PEFT comes to the layers first, and asks them which adapter is active then.
-        self._bank[0].delete_adapter(adapter_name)
-        self.drop_unused_factors()
-
-    def _apply(self, fn, recurse=True):
-        if self._original_weight is not None:
-            self._original_weight = fn(self._original_weight)
-        self._factors = {key: tuple(fn(factor) for factor in factors) for key, factors in self._factors.items()}
-        self._cast_factors.clear()
-        return super()._apply(fn, recurse)
-
-    def place(self, adapter_name: str) -> Optional[tuple[Vectors, int]]:
-        """Returns an adapter's vectors and this module's position in them, or None where it leaves the module out."""
-        vectors = self._bank[0].vectors(adapter_name)
-        if vectors is None or self.name not in vectors.plan.index:
-            return None
-        return vectors, vectors.plan.index[self.name]
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """Returns the base layer's output plus every active adapter's, in the base layer's dtype.
@@ -163,12 +119,11 @@ class Linear(nn.Module, TinyLoraLayer):
             `torch.Tensor` of the base weight's shape and device, dtype float32 (float64 on a float64 base).
         """
         left_OR, _ = self.factors_of(self.place(adapter_name)[0].plan)
-        return sum_of_outer_products(*self._present_update([adapter_name], left_OR.device, left_OR.dtype))
+        return sum_of_outer_products(*self._present_update("weight", [adapter_name], left_OR.device, left_OR.dtype))
 
     def _present_update(
-        self, adapter_names: Sequence[str], device: torch.device, dtype: torch.dtype
+        self, parameter: str, adapter_names: Sequence[str], device: torch.device, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        # `left` and `right` of `merged_weight`.
         dtype = torch.promote_types(dtype, torch.float32)
         lefts, rights = [], []
         with torch.autocast(device.type, enabled=False):
@@ -182,96 +137,8 @@ class Linear(nn.Module, TinyLoraLayer):
         return torch.cat(lefts, dim=1), torch.cat(rights)
 
     @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
-        """
-        Puts adapters into the base weight: `W' = W + U S R V^T` in float32, rounded once to the weight's dtype.
-
-        Adapters that are merged already are merged afresh, from the original weight and the present values. The
-        original is set aside: on its device, or in host memory where a GPU is nearly full. Whatever fails leaves the
-        layer as it was.
-
-        Args:
-            safe_merge (`bool`, *optional*, defaults to `False`): Whether to refuse a result that is not finite.
-            adapter_names (`list[str]`, *optional*): Adapters to merge; the active ones by default.
-
-        Raises:
-            TypeError: If `adapter_names` is a string.
-            ValueError: If an adapter does not exist, or `safe_merge` and the result is not finite.
-            RuntimeError: If ZeRO-3 has the weight partitioned.
-            NotImplementedError: If the weight is quantised.
-        """
-        if isinstance(adapter_names, str):
-            raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
-        names = self.active_adapters if adapter_names is None else adapter_names
-        unknown = [name for name in adapter_names or [] if self._bank[0].vectors(name) is None]
-        if unknown:
-            raise ValueError(f"Adapter {', '.join(unknown)} not found, there are {list(self._bank[0].trl_tinylora_v)}.")
-        names = [name for name in names if self.place(name) is not None]
-        if not names:
-            return
-        refuse_quantised([self])
-        weight = self.get_base_layer().weight
-        if is_partitioned(weight):
-            raise RuntimeError(
-                "this weight is partitioned by ZeRO-3, and what is merged into its parts would be lost. Merge, use and "
-                "unmerge inside `with deepspeed.zero.GatheredParameters(list(model.parameters())):`, or load the "
-                "adapter on an ordinary model."
-            )
-        former, former_original, former_names = local_data(weight), self._original_weight, list(self.merged_adapters)
-        names = list(dict.fromkeys([*former_names, *names]))
-        original = former if former_original is None else former_original
-        merged = merged_weight(original, *self._present_update(names, weight.device, weight.dtype))
-        if safe_merge:
-            refuse_not_finite(merged, names)
-        try:
-            self._note_merge(set_aside(original), names)
-            set_local_data(weight, merged)
-        except BaseException:
-            set_local_data(weight, former)
-            self._note_merge(former_original, former_names)
-            raise
-
-    def _note_merge(self, original: Optional[torch.Tensor], names: list[str]) -> None:
-        self._original_weight = original
-        self.merged_adapters[:] = names
-        if names:
-            self._bank[0].merged_layers.add(self.name)
-        else:
-            self._bank[0].merged_layers.discard(self.name)
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Restores the original weight, bit for bit."""
-        if self._original_weight is not None:
-            restore(self.get_base_layer().weight, self._original_weight)
-        self._note_merge(None, [])
-
-    @torch.no_grad()
-    def unmerged_weight(self) -> torch.Tensor:
+    def unmerged_weight(self, parameter: str = "weight") -> torch.Tensor:
         """Returns the base weight without adapters, which stay merged where they are; a quantised one dequantised."""
         linear = self.get_base_layer()
-        return weight_of(linear) if self._original_weight is None else self._original_weight.to(linear.weight.device)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Returns True: the update is a matrix of rank r added to the weight."""
-        return True
-
-    def __repr__(self) -> str:
-        return "trl_tinylora." + super().__repr__()
-
-
-def refuse_quantised(layers: Iterable[Linear]) -> None:
-    """
-    Raises where adapters would be merged into a quantised weight, which would round the update away.
-
-    Raises:
-        NotImplementedError: If a base layer is quantised; the message names the ways out.
-    """
-    found = [layer for layer in layers if is_quantised(layer.get_base_layer())]
-    if found:
-        raise NotImplementedError(
-            f"the weight of {found[0].name} is quantised ({type(found[0].get_base_layer().weight).__name__}; "
-            f"{len(found)} layers are), and merging would round a TinyLoRA update away. Nothing was merged. Serve the "
-            "adapter as a LoRA (`export_lora`), sample from it in training (`AdapterRollout` in place of `use_vllm`), "
-            "or merge into floating-point weights: `PeftModel.from_pretrained(quantised_model.dequantize(), folder)`."
-        )
+        original = self._originals.get(parameter)
+        return weight_of(linear) if original is None else original.to(linear.weight.device)

@@ -31,11 +31,12 @@ def merged_weight(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor)
     The bits do not depend on the chunks of rows that it is computed in, on the number of threads or on the device.
 
     Args:
-        weight (`torch.Tensor`): W, shape `(rows, columns)`, an ordinary tensor on any device or a `DTensor`.
+        weight (`torch.Tensor`): W, shape `(rows, columns)`, or of several experts `(experts, rows, columns)`; an
+            ordinary tensor on any device or a `DTensor`.
         left (`torch.Tensor`): `U S R`, shape `(rows, r)`, float32 or float64; of several adapters, side by side. For a
-            transposed weight `V`.
+            transposed weight `V`. Of experts with their number in front.
         right (`torch.Tensor`): `V^T`, shape `(r, columns)`, of the same dtype and device. For a transposed weight
-            `(U S R)^T`.
+            `(U S R)^T`. Of experts with their number in front.
 
     Returns:
         `torch.Tensor` of W's shape, strides and dtype, sharded as it is, on the factors' device.
@@ -44,6 +45,10 @@ def merged_weight(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor)
         wide = weight.to(left.dtype)
         return (wide + shard_like(sum_of_outer_products(left, right), wide)).to(weight.dtype)
     merged = torch.empty_like(weight, device=left.device)
+    if weight.ndim == 3:
+        for expert, parts in enumerate(zip(weight, left, right, strict=True)):
+            merged[expert] = merged_weight(*parts)
+        return merged
     chunk = CHUNK_ON_CPU if left.device.type == "cpu" else CHUNK_ELSEWHERE
     step = max(chunk // weight.shape[1], 1)
     for start in range(0, len(weight), step):

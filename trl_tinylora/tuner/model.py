@@ -25,9 +25,11 @@ from ..storage.checkpoint import (
 )
 from ..storage.fingerprint import fingerprint
 from ..validation import refuse_wrong_fields
+from .adapted_layer import AdaptedLayer, refuse_quantised
 from .bank import TinyLoraBank, TinyLoraLayer
 from .build import ModuleTree, compute_factors, first_block, recover_factors
-from .layer import Linear, refuse_quantised
+from .experts import Experts
+from .layer import Linear
 from .mixed_batch import MixedBatch
 from .plan import Plan, refuse_too_large
 from .refusals import (
@@ -38,7 +40,7 @@ from .refusals import (
     trains_more_than_values,
     warn_of_zeros,
 )
-from .targets import is_all_linear, resolve_target_modules
+from .targets import holders, is_all_linear, resolve_target_modules
 from .values import Vectors
 
 
@@ -102,7 +104,8 @@ class TinyLoraModel(BaseTuner):
         as_asked_for = Plan.targets_of(config)
         if is_all_linear(config.target_modules):
             # PEFT's own list has modules in it that are left out here.
-            config.target_modules = set(plan.index)
+            linear = {place.module for place in holders(model, list(plan.index)) if place.parameter == "weight"}
+            config.target_modules = linear
         self._injection = Vectors(plan, _device(plan, low_cpu_mem_usage), config), factors
         tree = ModuleTree(model)
         try:
@@ -126,7 +129,7 @@ class TinyLoraModel(BaseTuner):
         names = resolve_target_modules(model, config)
         refuse_too_large(config, len(names))
         shape = count_groups(names, config.n_tie, config.tying), config.u
-        block = first_block(model, names)
+        block = first_block(model, [place.module for place in holders(model, names)])
         if config.n_tie == "all" or config.n_tie > len(names):
             config.warn_if_redundant(len(names))
         factors, measured = compute_factors(model, bank, names, config.r)
@@ -146,11 +149,25 @@ class TinyLoraModel(BaseTuner):
             self.model.add_module(BANK, TinyLoraBank())
         if adapter_name not in self.bank.trl_tinylora_v:
             self.bank.add(adapter_name, vectors)
-        if not isinstance(target, Linear):
-            layer = Linear(target, current_key, self.bank)
+        if not isinstance(target, AdaptedLayer):
+            kind = Linear if parameter_name is None else Experts
+            layer = kind(target, current_key, self.bank)
             self._replace_module(parent, target_name, layer, target)
             target = layer
-        target.keep_factors(vectors.plan.factor_key(current_key), factors[current_key])
+        target.keep_factors(vectors.plan, factors)
+
+    def _inject_parameters(self, peft_config, model, adapter_name, low_cpu_mem_usage) -> list[str]:
+        # PEFT's own would put a wrapper of LoRA's around each parameter, one inside the other.
+        vectors, _ = self._injection
+        places = [place for place in holders(model, list(vectors.plan.index)) if place.parameter != "weight"]
+        for place in places:
+            parent, _, target_name = place.module.rpartition(".")
+            target = model.get_submodule(place.module)
+            parent = model.get_submodule(parent)
+            self._create_and_replace(
+                peft_config, adapter_name, target, target_name, parent, place.module, place.parameter
+            )
+        return [f"{place.module}.{place.parameter}" for place in places]
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
         # PEFT's own also reassigns the weight of what is unloaded, which a wrapper of trained tokens does not allow.
@@ -277,7 +294,7 @@ class TinyLoraModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         # Called by PEFT before the first layer is merged.
         super()._check_merge_allowed()
-        refuse_quantised(module for module in self.model.modules() if isinstance(module, Linear))
+        refuse_quantised(module for module in self.model.modules() if isinstance(module, AdaptedLayer))
 
     def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)

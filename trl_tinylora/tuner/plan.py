@@ -68,6 +68,7 @@ class Plan:
     def targets_of(config: TinyLoraConfig) -> tuple:
         """Returns the fields of a configuration that choose the modules, as something to look up."""
         asked_for = config.target_modules, config.exclude_modules, config.layers_to_transform, config.layers_pattern
+        asked_for += (config.target_parameters,)
         return tuple(
             frozenset(value) if isinstance(value, set) else tuple(value) if isinstance(value, list) else value
             for value in asked_for

@@ -145,6 +145,12 @@ def refuse_wrong_rows(tuner: TinyLoraModel, adapter_names: Sequence[str]) -> Non
                 f"{name!r} has trained modules or tokens beside its values, which cannot differ between the rows "
                 "of a batch. Leave it out and make another adapter active, or run its rows as a batch of their own."
             )
+    with_experts = sorted(name for name in names if tuner.peft_config[name].target_parameters)
+    if with_experts:
+        raise NotImplementedError(
+            f"{with_experts[0]!r} adapts fused experts, to which a model gives its tokens without their rows. Run the "
+            "rows of each adapter as a batch of their own, or train without `target_parameters`."
+        )
     if any(is_sharded(tuner.bank.vectors(name).values_GK) for name in names):
         raise NotImplementedError(
             "`adapter_names` needs the values whole in each process, and ZeRO-3 or FSDP2 has sharded them. Load "

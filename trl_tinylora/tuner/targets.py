@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Optional, Union
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Optional, Union
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
@@ -43,6 +43,21 @@ DEQUANTISED_BY = {
     "compressed_tensors": "CompressedTensorsConfig(dequantize=True)",
     "transformers.integrations.finegrained_fp8": "FineGrainedFP8Config(dequantize=True)",
 }
+
+
+class Holder(NamedTuple):
+    """
+    A parameter that holds adapted matrices: the weight of a linear layer, or fused experts.
+
+    Args:
+        module (`str`): Name of the module that has it.
+        parameter (`str`): Its name there.
+        names (`tuple[str, ...]`): The matrices' names, in order: the module's, or one for each expert.
+    """
+
+    module: str
+    parameter: str
+    names: tuple[str, ...]
 
 
 def skeleton(model_or_config: Union[nn.Module, PretrainedConfig]) -> nn.Module:
@@ -102,9 +117,52 @@ def as_OI(linear: nn.Module, weight: torch.Tensor) -> torch.Tensor:
     return weight.T if isinstance(linear, Conv1D) else weight
 
 
+def expert_names(module: str, experts: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Returns the names of fused experts' matrices, `module.parameter.expert`, by parameter, in the order of use."""
+    parameters = ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
+    return {
+        parameter: tuple(f"{module}.{parameter}.{expert}" for expert in range(experts.num_experts))
+        for parameter in parameters
+    }
+
+
+def is_fused_experts(module: nn.Module) -> bool:
+    """Returns whether a module's experts are of a class that transformers' `use_experts_implementation` made."""
+    return all(
+        hasattr(module, name) for name in ("is_transposed", "has_gate", "has_bias", "_apply_gate", "num_experts")
+    )
+
+
+def holders(model: nn.Module, names: Sequence[str]) -> list[Holder]:
+    """Returns the parameters that hold matrices, by the matrices' names, in their order."""
+    modules, found = {name for name, _ in model.named_modules()}, {}
+    for name in names:
+        module, parameter = (name, "weight") if name in modules else name.rsplit(".", 2)[:2]
+        found.setdefault((module, parameter), []).append(name)
+    return [Holder(*place, tuple(matrices)) for place, matrices in found.items()]
+
+
+def matrices(layer: nn.Module, parameter: str, weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yields views of the matrices in a parameter of a base layer, each as (out_features, in_features)."""
+    if weight.ndim == 3:
+        yield from (weight.mT if layer.is_transposed else weight)
+    else:
+        yield as_OI(layer, weight)
+
+
+def each_matrix(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the adapted matrices of a model that carries no adapter and is whole, by name, in their order."""
+    for place in holders(model, names):
+        layer = model.get_submodule(place.module)
+        weight = weight_of(layer) if place.parameter == "weight" else getattr(layer, place.parameter).data
+        yield from zip(place.names, matrices(layer, place.parameter, weight), strict=True)
+
+
 def resolve_target_modules(model: nn.Module, config: TinyLoraConfig) -> list[str]:
     """
     Returns the names of the modules that a configuration adapts, in depth order, by PEFT's own rules.
+
+    Each expert's matrix in a parameter of `target_parameters` is a module, `module.parameter.expert`.
 
     Args:
         model (`torch.nn.Module`): The base model; it may carry adapters already, and needs no weights.
@@ -140,16 +198,17 @@ def resolve_target_modules(model: nn.Module, config: TinyLoraConfig) -> list[str
         for name, _ in model.named_modules()
         if name and not name.startswith(inside_adapters) and check_target_module_exists(config, name)
     ]
+    experts = _experts_in(model, config.target_parameters or ())
     if is_all_linear(asked_for):
-        names = _without_left_out(model, names, config.r)
-    if not names:
+        names = _without_left_out(model, names, config.r, experts)
+    if not names and not experts:
         linear = [name for name, module in model.named_modules() if isinstance(unwrap(module), KNOWN_LAYERS)]
         raise ValueError(
             f"target_modules={asked_for!r} with exclude_modules={config.exclude_modules!r} and "
             f"layers_to_transform={config.layers_to_transform!r} matches no module. Linear layers of this model: "
             f"{', '.join(linear[:8]) or 'none'}{', ...' if len(linear) > 8 else ''}."
         )
-    _refuse_unmatched(model, config, names)
+    _refuse_unmatched(model, config, [*names, *experts])
     for name in names:
         linear = unwrap(model.get_submodule(name))
         if not is_quantised(linear):
@@ -170,7 +229,67 @@ def resolve_target_modules(model: nn.Module, config: TinyLoraConfig) -> list[str
                 f"r={config.r} exceeds the rank {min(shape)} that {name} of shape {shape} can have. "
                 f"Lower `r` to {min(shape)} or put the module into `exclude_modules`."
             )
-    return names
+    for name in experts:
+        _refuse_unknown_experts(name, model, config.r)
+    if not experts:
+        return names
+    linear, found = set(names), []
+    for name, module in model.named_modules():
+        found += [name] if name in linear else []
+        for parameter, expert_by_expert in _names_of_experts(name, module).items():
+            found += expert_by_expert if f"{name}.{parameter}" in experts else ()
+    return found
+
+
+def _names_of_experts(name: str, module: nn.Module) -> dict[str, tuple[str, ...]]:
+    """[`expert_names`] of fused experts, in an adapter layer or not; of anything else, none."""
+    inside = unwrap(module)
+    return expert_names(name, inside) if is_fused_experts(inside) else {}
+
+
+def _experts_in(model: nn.Module, wanted: Collection[str]) -> list[str]:
+    """Names of the parameters that `target_parameters` asks for, by PEFT's rule: a name, or the ending of one."""
+    if not wanted:
+        return []
+    inside_adapters = tuple(
+        f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer) and name
+    )
+    return [
+        key
+        for name, module in model.named_modules()
+        if not name.startswith(inside_adapters)
+        for parameter, _ in unwrap(module).named_parameters(recurse=False)
+        if (key := f"{name}.{parameter}") in wanted or any(key.endswith(f".{part}") for part in wanted)
+    ]
+
+
+def _refuse_unknown_experts(name: str, model: nn.Module, rank: int) -> None:
+    """Raises where a parameter is none of fused experts that can be adapted."""
+    module_name, _, parameter = name.rpartition(".")
+    module = unwrap(model.get_submodule(module_name))
+    weight = getattr(module, parameter)
+    if parameter not in _names_of_experts(module_name, module) or len(full_shape(weight)) != 3:
+        raise ValueError(
+            f"`target_parameters` matches {name}, of shape {full_shape(weight)} in a {type(module).__module__}."
+            f"{type(module).__name__}: TinyLoRA adapts the gate_up_proj, up_proj and down_proj of experts that "
+            "transformers keeps fused in three dimensions. Name those, and linear layers in `target_modules`."
+        )
+    if type(weight).__module__.partition(".")[0] != "torch" or weight.dtype not in KNOWN_DTYPES:
+        raise ValueError(
+            f"the experts {name} are a {type(weight).__name__} of {weight.dtype}, of which TinyLoRA takes no singular "
+            f"vectors. Load the model in one of {', '.join(str(dtype) for dtype in KNOWN_DTYPES)}, or leave them out "
+            "of `target_parameters`."
+        )
+    if rank > min(full_shape(weight)[1:]):
+        raise ValueError(
+            f"r={rank} exceeds the rank {min(full_shape(weight)[1:])} that an expert of {name}, of shape "
+            f"{full_shape(weight)}, can have. Lower `r`, or leave it out of `target_parameters`."
+        )
+    if getattr(module, "_is_expert_parallel", False):
+        raise NotImplementedError(
+            f"the experts {name} are split over processes by expert parallelism. Shard the model by FSDP2 or "
+            "DeepSpeed ZeRO-3."
+        )
 
 
 def _refuse_unknown(name: str, linear: nn.Module, asked_for: Union[str, Collection[str]]) -> None:
@@ -218,7 +337,7 @@ def _decoder_of(model: nn.Module) -> str:
     return next((name for name, module in model.named_modules() if module is decoder), "")
 
 
-def _without_left_out(model: nn.Module, names: list[str], rank: int) -> list[str]:
+def _without_left_out(model: nn.Module, names: list[str], rank: int, adapted_experts: list[str]) -> list[str]:
     """The names that "all-linear" stands for; warns of what it leaves out: other stacks than the language model's,
     modules that cannot have the rank, and experts that are no linear layers."""
     decoder = _decoder_of(model)
@@ -243,13 +362,19 @@ def _without_left_out(model: nn.Module, names: list[str], rank: int) -> list[str
         names = [name for name in names if name not in set(thin)]
     sizes = {name: math.prod(full_shape(parameter)) for name, parameter in model.named_parameters()}
     experts = [
-        name for name in sizes if "experts" in name.split(".") and len(full_shape(model.get_parameter(name))) == 3
+        name
+        for name in sizes
+        if "experts" in name.split(".")
+        and len(full_shape(model.get_parameter(name))) == 3
+        and name.replace(".base_layer.", ".") not in adapted_experts
     ]
     if experts:
         share = sum(sizes[name] for name in experts) / sum(sizes.values())
+        endings = sorted({".".join(name.replace(".base_layer.", ".").split(".")[-2:]) for name in experts})
         warnings.warn(
             f'target_modules="all-linear" leaves out {share:.0%} of the parameters: the fused experts '
-            f"{', '.join(experts[:2])}{', ...' if len(experts) > 2 else ''}, which TinyLoRA does not adapt.",
+            f"{', '.join(experts[:2])}{', ...' if len(experts) > 2 else ''}. To adapt them as well, set "
+            f"`target_parameters={endings}`.",
             stacklevel=2,
         )
     return names
@@ -273,11 +398,14 @@ def _refuse_unmatched(model: nn.Module, config: TinyLoraConfig, names: list[str]
 
     unmatched = {}
     if not isinstance(config.target_modules, str):
-        unmatched["target_modules"] = [wanted for wanted in config.target_modules if not is_in(wanted, everywhere)]
+        unmatched["target_modules"] = [
+            wanted for wanted in config.target_modules or [] if not is_in(wanted, everywhere)
+        ]
     # For a classifier PEFT itself asks for every name that a head can have, of which a model has one.
     heads = SEQ_CLS_HEAD_NAMES if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else []
     beside = everywhere + heads if any(is_in(head, everywhere) for head in heads) else everywhere
     unmatched["modules_to_save"] = [wanted for wanted in config.modules_to_save or [] if not is_in(wanted, beside)]
+    unmatched["target_parameters"] = [wanted for wanted in config.target_parameters or [] if not is_in(wanted, names)]
     if isinstance(config.layers_to_transform, list):
         indexes = {int(part) for name in names for part in name.split(".") if part.isdigit()}
         unmatched["layers_to_transform"] = [index for index in config.layers_to_transform if index not in indexes]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 from torch import nn
@@ -79,8 +79,8 @@ class Vectors(nn.Module):
         """Returns R of one module, as [`mixings`] does."""
         return self.mixings(slice(index, index + 1))[0]
 
-    def mixing_of_pass(self, index: int) -> torch.Tensor:
-        """Returns R of one module as of the forward pass under way.
+    def mixing_of_pass(self, index: Union[int, slice]) -> torch.Tensor:
+        """Returns R of one module, or of several, as of the forward pass under way.
 
         Raises:
             RuntimeError: If the layer was reached without a pass through the first adapted block.
@@ -104,8 +104,8 @@ class Vectors(nn.Module):
             return hidden
         return GradientSink.apply(hidden, self.values_GK, self.collect)
 
-    def gradient_hook(self, index: int) -> Optional[partial]:
-        """Returns what takes the gradient of one module's R, or None where the values are frozen."""
+    def gradient_hook(self, index: Union[int, slice]) -> Optional[partial]:
+        """Returns what takes the gradient of R, of one module or of several, or None where the values are frozen."""
         if not self.values_GK.requires_grad:
             return None
         return partial(self.buffer.add, index, n_modules=len(self.plan.index))

@@ -30,6 +30,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..distributed import gathered, whole
+from ..tuner.experts import Experts
 from ..tuner.layer import Linear
 from ..tuner.targets import KNOWN_DTYPES, as_OI, is_quantised
 from ..tuner.values import Vectors
@@ -128,13 +129,18 @@ def sampling_fidelity(
 
     Raises:
         ValueError: If the model has no such adapter, or `entries` is less than 1.
-        NotImplementedError: If a weight is quantised.
+        NotImplementedError: If a weight is quantised, or fused experts are adapted.
     """
     if entries < 1:
         raise ValueError(f"`entries` must be at least 1, got {entries}.")
     # Once for all modules: under ZeRO-3 the values have to be gathered.
     mixings = functools.cache(Vectors.mixings)
     found: dict[str, _Sums] = {}
+    if any(isinstance(module, Experts) for module in model.modules()):
+        raise NotImplementedError(
+            "the adapter is on fused experts too, of which it is not measured what a merge leaves. Measure on an "
+            "adapter without `target_parameters`."
+        )
     for layer in filter(lambda module: isinstance(module, Linear), model.modules()):
         names = layer.active_adapters if adapter_name is None else [adapter_name]
         places = [place for name in names if (place := layer.place(name)) is not None]

@@ -349,6 +349,11 @@ def _refuse_model(model: Any, adapter_name: str) -> None:
             f"the trainer's {type(model).__name__} has no TinyLoRA adapter {adapter_name!r} to send. Make the trainer "
             "with `peft_config=TinyLoraConfig(...)`."
         )
+    if model.peft_config[adapter_name].target_parameters:
+        raise ValueError(
+            "the adapter is on fused experts too, and sampling from those as a LoRA has not been tried with vLLM. "
+            "Sample from merged weights (use_vllm), or train without `target_parameters`."
+        )
 
 
 def _dtype_of(model: PeftModel) -> torch.dtype:

@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from trl_tinylora import TinyLoraConfig, distributed
+from trl_tinylora.tuner import adapted_layer, merging
 from trl_tinylora.tuner import layer as layer_module
-from trl_tinylora.tuner import merging
 from trl_tinylora.tuner.merging import has_room, merged_weight
 
 
@@ -100,7 +100,7 @@ def test_every_bit_of_every_weight_is_restored(tiny_model, small_chunks, kind, d
     model.unmerge_adapter()
     assert differing(weights_of(model), before) == []
     assert not model.base_model.bank.merged_layers
-    assert all(layer._original_weight is None for layer in layers_of(model))
+    assert all(not layer._originals for layer in layers_of(model))
 
 
 def test_the_merged_weight_is_the_formula_rounded_once():
@@ -269,7 +269,7 @@ def test_where_a_gpu_is_nearly_full_originals_go_to_host_memory(tiny_qwen2, monk
 
     model.merge_adapter()
 
-    originals = [layer._original_weight.data_ptr() for layer in layers_of(model)]
+    originals = [layer._originals["weight"].data_ptr() for layer in layers_of(model)]
     assert [a == b for a, b in zip(originals, addresses, strict=True)] == [True] * 4 + [False] * 10
     # Merging again takes them from there.
     set_values(model, seed=4)
@@ -360,9 +360,9 @@ def test_a_merge_that_is_not_finite_leaves_what_was_merged_before(tiny_qwen2, sm
 
 
 class Interrupted:
-    """Raises KeyboardInterrupt at the n-th line that is run of the layer, of `merging.py` and of `distributed.py`."""
+    """Raises KeyboardInterrupt at the n-th line that is run of the layers, of `merging.py` and of `distributed.py`."""
 
-    FILES = {module.__file__ for module in (layer_module, merging, distributed)}
+    FILES = {module.__file__ for module in (adapted_layer, layer_module, merging, distributed)}
 
     def __init__(self, line):
         self.left = line
@@ -405,7 +405,7 @@ def test_a_layer_interrupted_at_any_line_is_as_it_was(small_chunks, call):
                 assert (layer.merged, bank.merged_layers) == before[1:], line
             layer.unmerge()
         assert torch.equal(bits_of(layer.base_layer.weight), bits_of(unmerged)), line
-        assert not layer.merged and not bank.merged_layers and layer._original_weight is None
+        assert not layer.merged and not bank.merged_layers and not layer._originals
     # Lines of every step were tried, and the last call ran to its end.
     assert line > (10 if call == "unmerge" else 50)
     assert layer.merged == (call != "unmerge")
@@ -544,7 +544,7 @@ def fails_in_the_sixth_layer(monkeypatch):
             raise MemoryError
         return merged_weight(*args)
 
-    monkeypatch.setattr(layer_module, "merged_weight", failing)
+    monkeypatch.setattr(adapted_layer, "merged_weight", failing)
 
 
 def test_a_merge_that_failed_half_way_leaves_its_layer_alone_and_training_restores_the_others(
