@@ -57,8 +57,8 @@ def _counted(completions: list[dict]) -> str:
     differing = [row for row in generated if row["differences"]]
     problems = [row for row in differing if any(gold == row["golds"][0] for _, gold, _ in row["differences"])]
     return (
-        f"Of {len(generated)} completions of SmolLM2-135M-Instruct on GSM8K's test problems, {len(problems)} are graded "
-        f"differently by some grading, and {len(differing)} if any number that one reads in them were the right answer."
+        f"Of {len(generated)} completions of SmolLM2-135M-Instruct on GSM8K's test problems, {len(problems)} are\n"
+        f"graded differently, and {len(differing)} if any number that a grading reads in them were the right answer."
     )
 
 

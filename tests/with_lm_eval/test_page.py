@@ -1,4 +1,4 @@
-"""docs/lm-eval.md says what the list of differences, the task file and the Makefile say. CPU, no lm-evaluation-harness."""
+"""docs/lm-eval.md agrees with the list of differences, the task file and the Makefile. CPU, without lm_eval."""
 
 import importlib.util
 import json
@@ -26,7 +26,9 @@ def gradings():
 
 def test_the_pages_table_is_that_of_the_list(gradings):
     opening, closing = f"<!-- results:{gradings.SECTION} -->", f"<!-- /results:{gradings.SECTION} -->"
-    assert f"{opening}\n{gradings.table()}\n{closing}" in PAGE, "run `make results`, or `python docs/gradings.py --update`"
+    assert f"{opening}\n{gradings.table()}\n{closing}" in PAGE, (
+        "run `make results`, or `python docs/gradings.py --update`"
+    )
 
 
 def test_every_listed_difference_is_of_a_known_kind_and_every_kind_is_listed(gradings):
