@@ -1,5 +1,5 @@
 .PHONY: help bad-inputs bench compare compare-full test test-oldest test-distributed test-vllm test-llama-cpp
-.PHONY: bench-vllm results quality style clean
+.PHONY: test-lm-eval bench-vllm results quality style clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -24,6 +24,7 @@ help:
 	@echo "make test-distributed  every launcher, tying, checkpointing and accumulation; about half an hour"
 	@echo "make test-vllm     with the real vLLM on a CPU, in an environment of its own"
 	@echo "make test-llama-cpp  llama.cpp reads exported adapters; builds it in ten minutes, in .venv-llama-cpp"
+	@echo "make test-lm-eval  lm-evaluation-harness evaluates an adapter, and its filters grade as ours; in .venv-lm-eval"
 	@echo "make bench         every row of docs/benchmarks.md; on a quiet machine"
 	@echo "make bench-vllm    what vLLM samples, merged weights beside the adapter; SMOLLM2=FOLDER measures a real model too"
 	@echo "make results       tables, figures and the tree of files in README and docs, from the committed JSON"
@@ -66,6 +67,13 @@ test-llama-cpp:
 	.venv-llama-cpp/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]' llama-cpp-python
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-llama-cpp/bin/python -m pytest tests/with_llama_cpp
 
+# lm-evaluation-harness in a second step: it takes an older python-dateutil than the one of constraints.txt.
+test-lm-eval:
+	$(PYTHON) -m venv .venv-lm-eval
+	.venv-lm-eval/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	.venv-lm-eval/bin/python -m pip install --quiet 'lm_eval==0.4.13'
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-lm-eval/bin/python -m pytest tests/with_lm_eval
+
 bad-inputs: $(INSTALLED)
 	$(BIN)/python docs/bad_inputs.py
 
@@ -95,6 +103,7 @@ results: $(INSTALLED)
 	$(BIN)/python docs/tree.py
 	$(BIN)/python docs/bad_inputs.py --update
 	$(BIN)/python docs/trainers.py --update
+	$(BIN)/python docs/gradings.py --update
 
 quality: $(INSTALLED)
 	$(BIN)/ruff check $(RUFF) $(RULES) $(CODE)

@@ -31,7 +31,7 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 # Commands that no test here runs, by their beginning, and why. Those of the recipes are parsed here all the same.
 NOT_RUN = {
     "pip install -c": "needs a package index; `make` installs in the same way",
-    "pip install": "needs the repository's address",
+    "pip install": "needs a package index or the repository's address",
     "hf upload": "needs an account",
     "make compare": "minutes; tests/recipes/test_compare.py does each kind of its runs",
     "make compare-full": "an hour; the same script as `make compare`",
@@ -40,6 +40,7 @@ NOT_RUN = {
     "make test-distributed": "an hour; tests/distributed/test_modes.py runs a part of it",
     "make test-vllm": "an environment of its own, with the real vLLM",
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve": "a server; tests/with_vllm/test_server.py starts one",
+    "python -m trl_tinylora run": "needs lm-evaluation-harness; tests/with_lm_eval/test_run.py runs the page's command",
     "llama-cli": "llama.cpp's program; tests/with_llama_cpp/test_gguf_adapter.py has llama.cpp read such a file",
     "llama-server": "llama.cpp's program, as llama-cli",
     "make bench": "half an hour; tests/recipes/test_benchmarks.py runs each script on small sizes",
@@ -64,6 +65,11 @@ def commands_of(page):
     """The commands of a page's bash blocks, without comments, continued lines joined."""
     lines = "\n".join(blocks_of(page, "bash")).replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def is_own(words):
+    """Whether a command is one of the package's own; `run` runs another program's."""
+    return words[:3] == ["python", "-m", "trl_tinylora"] and words[3] != "run"
 
 
 def slug(heading):
@@ -152,7 +158,7 @@ def test_loading_without_the_import_says_what_the_readme_explains(of_readme, wor
 
 
 def test_the_packages_own_commands_run(of_readme, workspace, monkeypatch, capsys):
-    commands = [words for page in PAGES for words in commands_of(page) if words[:3] == ["python", "-m", "trl_tinylora"]]
+    commands = [words for page in PAGES for words in commands_of(page) if is_own(words)]
     assert {words[3] for words in commands} == {"plan", "inspect", "verify", "export"}
     monkeypatch.chdir(workspace)
     for words in commands:
@@ -163,7 +169,7 @@ def test_the_packages_own_commands_run(of_readme, workspace, monkeypatch, capsys
 def test_every_other_command_is_listed_with_the_reason_why_it_is_not_run(page):
     for words in commands_of(page):
         line = " ".join(words)
-        if not line.startswith("python -m trl_tinylora "):
+        if not is_own(words):
             assert any(line == start or line.startswith(f"{start} ") for start in NOT_RUN), line
 
 
