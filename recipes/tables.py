@@ -1,6 +1,6 @@
 """The generated tables: memory and the launchers' matrix in docs/launchers.md, what vLLM samples in
-docs/merging-and-vllm.md, quantised bases in docs/bases.md, the real model's comparison in its README, the paper's numbers
-in the recipes.
+docs/merging-and-vllm.md, quantised bases in docs/bases.md, the real model's comparison and the paper's numbers in the
+recipes.
 
 python recipes/tables.py           # renews what is not current
 python recipes/tables.py --check   # changes nothing; fails if one is not current
