@@ -14,7 +14,7 @@ import sys
 from comparison import readme, report, summary
 from comparison.arguments import CompareArguments
 from comparison.plan import ALLOWED_DIFFERENCES, Plan
-from comparison.rates import RULE, choose_learning_rates, fixed_learning_rates, lacking_rates
+from comparison.rates import choose_learning_rates, fixed_learning_rates, lacking_rates, rule
 from comparison.runs import Run
 from comparison.workers import Progress, Workers
 from records.files import write_text
@@ -90,11 +90,11 @@ class Comparison:
             if self.sweep:
                 self.do([*first, *self.sweep])
                 swept = self.kept(self.sweep)
-                rates = choose_learning_rates(list(swept.values()))
+                rates = choose_learning_rates(list(swept.values()), arguments.grading)
                 if lacking := lacking_rates(arguments, rates):
                     print(f"No learning rate for {lacking}: every run of their sweep is missing or failed.")
                     return None
-                chosen = {"rule": RULE, "sweep_seed": arguments.sweep_seed, "chosen": rates}
+                chosen = {"rule": rule(arguments.grading), "sweep_seed": arguments.sweep_seed, "chosen": rates}
                 write_text(arguments.path("learning_rates.json"), json.dumps(chosen, indent=1) + "\n")
             else:
                 rates = fixed_learning_rates(arguments)
@@ -105,7 +105,9 @@ class Comparison:
         records = self.kept([self.untrained, *self.samples, *finals, *controls])
         missing = [name for name in self.progress.algorithms if name not in records | swept]
         seconds = sum(record["wall_seconds"] for record in swept.values())
-        return summary.summarize(list(records.values()), rates, missing, ALLOWED_DIFFERENCES, seconds)
+        return summary.summarize(
+            list(records.values()), rates, missing, ALLOWED_DIFFERENCES, seconds, arguments.grading
+        )
 
 
 def main(arguments: CompareArguments) -> int:

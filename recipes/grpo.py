@@ -60,13 +60,14 @@ def main(
     # same problems in the same order.
     train_rows = load(script_args.dataset_train_split).shuffle(seed=training_args.seed)
     eval_rows = load(script_args.dataset_test_split) if training_args.eval_strategy != "no" else None
+    asked = script_args.system_prompt, script_args.instruction
 
     trainer = trl.GRPOTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
         reward_funcs=script_args.reward_functions(),
-        train_dataset=task.for_rl(train_rows, script_args.system_prompt),
-        eval_dataset=task.for_rl(eval_rows, script_args.system_prompt) if eval_rows is not None else None,
+        train_dataset=task.for_rl(train_rows, *asked),
+        eval_dataset=task.for_rl(eval_rows, *asked) if eval_rows is not None else None,
         quantization_config=trl.get_quantization_config(model_args),
         peft_config=peft_config,
         rollout_func=rollout,

@@ -58,12 +58,13 @@ def main(
     # same problems in the same order.
     train_rows = load(script_args.dataset_train_split).shuffle(seed=training_args.seed)
     eval_rows = load(script_args.dataset_test_split) if training_args.eval_strategy != "no" else None
+    asked = script_args.system_prompt, script_args.instruction
 
     trainer = trl.SFTTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
-        train_dataset=task.for_sft(train_rows, script_args.system_prompt),
-        eval_dataset=task.for_sft(eval_rows, script_args.system_prompt) if eval_rows is not None else None,
+        train_dataset=task.for_sft(train_rows, *asked),
+        eval_dataset=task.for_sft(eval_rows, *asked) if eval_rows is not None else None,
         quantization_config=trl.get_quantization_config(model_args),
         peft_config=peft_config,
         callbacks=callbacks_for(adapter_args, training_args, f"{len(train_rows)} rows of {script_args.dataset_name}"),

@@ -1,5 +1,6 @@
 """The generated tables: memory and the launchers' matrix in docs/launchers.md, what vLLM samples in
-docs/merging-and-vllm.md, quantised bases in docs/bases.md, the paper's numbers in the recipes.
+docs/merging-and-vllm.md, quantised bases in docs/bases.md, the real model's comparison and the paper's numbers in the
+recipes.
 
 python recipes/tables.py           # renews what is not current
 python recipes/tables.py --check   # changes nothing; fails if one is not current
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from benchmarks import quantised, sampling
 from benchmarks.harness import RESULTS
+from comparison import readme
 from paper import memory, published
 from records import launchers
 from records.files import replace_section, write_text
@@ -38,6 +40,10 @@ def documents() -> dict[Path, str]:
     path = RECIPES.parent / "docs" / "bases.md"
     record = json.loads((RESULTS / "quantised.json").read_text(encoding="utf-8"))
     renewed[path] = replace_section(path.read_text(encoding="utf-8"), "quantised", quantised.table(record))
+    path = RECIPES / "smollm2-135m-arithmetic" / "README.md"
+    summary = path.parent / "results" / "summary.json"
+    found = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else None
+    renewed[path] = replace_section(path.read_text(encoding="utf-8"), "comparison", readme.recipe_content(found))
     numbers = published.read()
     for recipe in sorted({entry["recipe"] for entry in numbers["tables"]}):
         renewed[RECIPES / recipe / "README.md"] = published.renewed(recipe, numbers)

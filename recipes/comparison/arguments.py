@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Literal
 
 import trl
 from evaluation.arguments import GenerationArguments
@@ -41,6 +42,10 @@ class CompareArguments(GenerationArguments):
         seeds (`list[int]`): Seeds of the final runs: of the data's order, the samples, and the projections.
         sweep_seed (`int`, *optional*): Seed of a sweep that chooses the learning rates from the sizes' grids; without
             one they are those of `learning_rate`.
+        grading (`str`, *optional*, defaults to `"strict"`): What counts as right, in the report and where learning
+            rates and own answers are chosen: `"strict"`, or `"flexible"` for models that do not know the marker.
+        only_sizes (`list[str]`, *optional*): These of `sizes` alone: what is most wanted goes first, and the same
+            command without this adds the rest.
         validation_split (`str`, *optional*, defaults to `"validation"`): Problems that choose the learning rates. The
             final ones are the recipes' `dataset_test_split`.
         eval_limit (`int`, *optional*): Evaluate on the first problems of a split only.
@@ -59,6 +64,8 @@ class CompareArguments(GenerationArguments):
     controls: dict | None = field(default=None, metadata={"help": "Controls that train nothing."})
     seeds: list[int] = field(default_factory=list, metadata={"help": "Seeds of the final runs."})
     sweep_seed: int | None = field(default=None, metadata={"help": "Seed of a sweep of learning rates."})
+    grading: Literal["strict", "flexible"] = field(default="strict", metadata={"help": "What counts as right."})
+    only_sizes: list[str] | None = field(default=None, metadata={"help": "These of the sizes alone, for now."})
     validation_split: str = field(default="validation", metadata={"help": "Problems that choose the learning rates."})
     eval_limit: int | None = field(default=None, metadata={"help": "Evaluate on the first problems of a split only."})
     output_dir: str = field(default="results/compare", metadata={"help": "Folder for the report and a JSON a run."})
@@ -76,12 +83,27 @@ class CompareArguments(GenerationArguments):
             raise ValueError(
                 f"sweep_seed={self.sweep_seed} is among seeds={self.seeds}: the final seeds must be new ones"
             )
+        if self.grading not in ("strict", "flexible"):
+            raise ValueError(f"grading must be 'strict' or 'flexible', got {self.grading!r}")
         if self.jobs is not None and self.jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {self.jobs}")
         self._check_sizes()
         self._check_arms()
         self._check_controls()
         self._check_rates()
+        self._take_only()
+
+    def _take_only(self):
+        """Drops the sizes that are not asked for, and the controls of them."""
+        if self.only_sizes is None:
+            return
+        _check_names("the comparison", "only_sizes", {"only_sizes": self.only_sizes}, self.sizes)
+        self.controls = {
+            name: control
+            for name, control in (self.controls or {}).items()
+            if control.get("size") in (None, *self.only_sizes)
+        }
+        self.sizes = {name: size for name, size in self.sizes.items() if name in self.only_sizes}
 
     def _check_sizes(self):
         for name, size in self.sizes.items():

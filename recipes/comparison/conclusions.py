@@ -91,33 +91,35 @@ def compared(first: str, other: str, difference: dict | None) -> str:
     return f"{sentence}: {numbers}{_coverage(difference)}."
 
 
-def gained(gains: dict | None) -> str:
+def gained(gains: dict | None, grading: str = "strict") -> str:
     """
     What a model gained over the untrained one, in words that follow a subject and a colon.
 
     Args:
         gains (`dict`, *optional*): A cell's `gains` of one kind of decoding: `strict`, `flexible` and `format`, each
             as [`difference`] returns or None.
+        grading (`str`, *optional*, defaults to `"strict"`): Whose gain is told. Only a strict one has a part that is
+            format.
     Returns:
         `str`: As `"a gain of 8.0 points (5.0 to 11.0): +6.0 for answers right more often, +2.0 for format."`
     """
-    strict = gains and gains["strict"]
-    if not strict:
+    gain = gains and gains[grading]
+    if not gain:
         return "not compared with the untrained model."
-    if strict["is_identical"] and gains["flexible"] and gains["flexible"]["is_identical"]:
+    if all(gains[name] and gains[name]["is_identical"] for name in ("strict", "flexible")):
         return "graded as the untrained model on every problem."
-    size, bounds = points(abs(strict["difference"]), signed=False), _interval(strict)
-    kind = "gain" if strict["difference"] > 0 else "loss"
-    found = verdict(strict)
+    size, bounds = points(abs(gain["difference"]), signed=False), _interval(gain)
+    kind = "gain" if gain["difference"] > 0 else "loss"
+    found = verdict(gain)
     sentence = {
         "higher": f"a gain of {size} points ({bounds})",
         "lower": f"a loss of {size} points ({bounds})",
-        "suggested": f"before correction only, a {kind} of {size} points ({bounds}; {_corrected(strict)})",
+        "suggested": f"before correction only, a {kind} of {size} points ({bounds}; {_corrected(gain)})",
         "level": f"no change of more than {points(MARGIN, signed=False)} points "
-        f"({points(strict['difference'])}, {bounds})",
-        "open": f"neither a gain nor a loss is shown ({points(strict['difference'])}, {bounds})",
+        f"({points(gain['difference'])}, {bounds})",
+        "open": f"neither a gain nor a loss is shown ({points(gain['difference'])}, {bounds})",
     }[found]
-    return f"{sentence}{_split(gains, found)}{_coverage(strict)}."
+    return f"{sentence}{_split(gains, found) if grading == 'strict' else ''}{_coverage(gain)}."
 
 
 def _split(gains, found) -> str:
@@ -154,18 +156,19 @@ def headline(summary: dict) -> list[str]:
     Returns:
         `list[str]`: Markdown, an item of a list each.
     """
-    lines = []
+    lines, grading = [], summary["grading"]
     for cell in (cell for cell in summary["cells"] if cell["role"] != "arm"):
         if cell["role"] == "untrained":
-            lines.append(_untrained(cell))
+            lines.append(_untrained(cell, grading))
         else:
             subject = f"{cell['arm_label']} ({cell['label']})" if cell["size"] else cell["arm_label"]
-            sentences = [gained(cell["gains"].get("greedy")), *_pairs(summary, cell["size"], cell["arm"])]
+            sentences = [gained(cell["gains"].get("greedy"), grading), *_pairs(summary, cell["size"], cell["arm"])]
             lines.append(f"**{_capital(subject)}**: {' '.join(sentences)}")
     for size in summary["main_sizes"]:
         group = [cell for cell in summary["cells"] if cell["role"] == "arm" and cell["size"] == size]
         sentences = [
-            f"{_capital(cell['arm_label'])}: {gained(cell['gains'].get('greedy'))}{_sampled(cell['gains'])}"
+            f"{_capital(cell['arm_label'])}: {gained(cell['gains'].get('greedy'), grading)}"
+            f"{_sampled(cell['gains'], grading)}"
             for cell in group
         ]
         sentences += [sentence for cell in group for sentence in _pairs(summary, size, cell["arm"])]
@@ -176,24 +179,27 @@ def headline(summary: dict) -> list[str]:
 def _pairs(summary, size, other) -> list[str]:
     """RL beside another arm or a control of the same size."""
     return [
-        compared(pair["first_label"], pair["other_label"], pair["greedy"]["strict"])
+        compared(pair["first_label"], pair["other_label"], pair["greedy"][summary["grading"]])
         for pair in summary["pairs"]
         if (pair["size"], pair["other"]) == (size, other)
     ]
 
 
-def _sampled(gains) -> str:
+def _sampled(gains, grading) -> str:
     """The numbers of sampling beside what is said of greedy answers, which a small push may turn."""
-    strict = gains.get("sampled", {}).get("strict")
-    return f" Sampled: {points(strict['difference'])} ({_interval(strict)})." if strict else ""
+    gain = gains.get("sampled", {}).get(grading)
+    return f" Sampled: {points(gain['difference'])} ({_interval(gain)})." if gain else ""
 
 
 def _capital(words: str) -> str:
     return words[:1].upper() + words[1:]
 
 
-def _untrained(cell) -> str:
+def _untrained(cell, grading) -> str:
     greedy = cell["accuracy"]["greedy"]
+    if grading == "flexible":
+        right, marked = greedy["flexible"]["mean"], greedy["strict"]["mean"]
+        return f"**{_capital(cell['arm_label'])}**: {right:.1%} right, {marked:.1%} in the asked-for form."
     line = f"**{_capital(cell['arm_label'])}**: {greedy['strict']['mean']:.1%} strict"
     if "flexible" in greedy:
         lost = greedy["flexible"]["mean"] - greedy["strict"]["mean"]

@@ -23,7 +23,7 @@ def _is_fixed(group) -> bool:
     return len(group) == 1 and not group[0].get("optimizer_steps")
 
 
-def difference(group: list[dict], other: list[dict], kind: str, measure: str) -> dict | None:
+def difference(group: list[dict], other: list[dict], kind: str, measure: str, is_by_seed: bool = False) -> dict | None:
     """
     Two models' difference on the same problems, with the same seeds.
 
@@ -36,9 +36,10 @@ def difference(group: list[dict], other: list[dict], kind: str, measure: str) ->
         other (`list[dict]`): Of the one that is subtracted.
         kind (`str`): `"greedy"` or `"sampled"`.
         measure (`str`): `"strict"`, `"flexible"` or `"format"`.
+        is_by_seed (`bool`, *optional*, defaults to `False`): Whether to add `by_seed`, of greedy answers.
     Returns:
         `dict` or `None`: `difference`, `interval`, `over_problems`, `over_seeds`, `p`, `n_seeds` (0 where no seed had
-        a part in either model), `is_identical` and, for greedy strict answers, `by_seed` (only the one right, only the
+        a part in either model), `is_identical` and, where asked for, `by_seed` (only the one right, only the
         other right, p of McNemar's exact test). None without answers by problem, or without a seed in common.
     """
     matched = _matched(group, other)
@@ -62,7 +63,7 @@ def difference(group: list[dict], other: list[dict], kind: str, measure: str) ->
         "n_seeds": n_seeds,
         "is_identical": is_identical,
     }
-    if kind == "greedy" and measure == "strict":
+    if is_by_seed:
         found["by_seed"] = [
             {"seed": record["seed"], **_mcnemar(one, two)}
             for (record, _), one, two in zip(matched, first, second, strict=True)

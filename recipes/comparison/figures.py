@@ -130,13 +130,14 @@ def _line(label: str, **style):
 
 def accuracy(summary: dict) -> "Figure":
     """
-    Strict accuracy against the number of trained values: greedy and sampled, a line an arm, a point a seed.
+    Accuracy against the number of trained values: greedy and sampled, a line an arm, a point a seed.
 
     Args:
         summary (`dict`): As [`summarize`] returns.
     Returns:
         `matplotlib.figure.Figure`
     """
+    grading = summary["grading"]
     cells = [cell for cell in summary["cells"] if cell["kept_dtype"] in DRAWN_DTYPES]
     trained = [cell for cell in cells if cell["role"] == "arm"]
     styles, families = _styles(_arms(summary)), [name for name in FAMILY_MARKERS if _of(trained, "family", name)]
@@ -152,16 +153,16 @@ def accuracy(summary: dict) -> "Figure":
             aside = 10 ** (0.09 * (index - (len(styles) - 1) / 2))
             for family in families:
                 points = _of(_of(trained, "arm", arm), "family", family)
-                _draw_series(panel, points, aside, kind, FAMILY_MARKERS[family], style)
+                _draw_series(panel, points, aside, kind, grading, FAMILY_MARKERS[family], style)
         for cell in controls:
             place = cell["trained_values"] * 10 ** (0.09 * (len(styles) + 1) / 2)
-            height = 100 * cell["accuracy"][kind]["strict"]["mean"]
+            height = 100 * cell["accuracy"][kind][grading]["mean"]
             panel.plot(place, height, crosses[cell["arm"]], color=INK, markersize=7, markeredgewidth=1.2, zorder=4)
         title = kind if kind == "greedy" else f"sampled at temperature {summary['temperature']:g}"
         _dress(panel, title, "trained values")
         _number_axis(panel, [cell["trained_values"] for cell in [*trained, *controls]])
         panel.set_ylim(-2, 103)
-        _baselines(panel, [cell for cell in cells if not cell["trained_values"]], kind)
+        _baselines(panel, [cell for cell in cells if not cell["trained_values"]], kind, grading)
     panels[0].set_ylabel("test problems right, %", fontsize=FONT)
     grey = {"color": "0.35", "linestyle": "none", "markersize": 6}
     black = {"color": INK, "linestyle": "none", "markersize": 7, "markeredgewidth": 1.2}
@@ -178,9 +179,9 @@ def _of(cells, key, value) -> list[dict]:
     return [cell for cell in cells if cell[key] == value]
 
 
-def _draw_series(panel, cells, aside, kind, marker, style) -> None:
+def _draw_series(panel, cells, aside, kind, grading, marker, style) -> None:
     cells = sorted(cells, key=lambda cell: cell["trained_values"])
-    spreads = [cell["accuracy"][kind]["strict"] for cell in cells]
+    spreads = [cell["accuracy"][kind][grading] for cell in cells]
     places = [cell["trained_values"] * aside for cell in cells]
     for place, spread in zip(places, spreads, strict=True):
         values = [100 * value for value in spread["values"]]
@@ -202,10 +203,10 @@ def _number_axis(panel, places) -> None:
     panel.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _baselines(panel, cells, kind) -> None:
+def _baselines(panel, cells, kind, grading) -> None:
     """Lines of what has no trained values, each named on it, the names apart where the lines are close."""
     styles = ((0, (4, 2)), (0, (1, 2)), (0, (4, 2, 1, 2)))
-    lines = [(100 * cell["accuracy"][kind]["strict"]["mean"], cell["arm_label"]) for cell in cells]
+    lines = [(100 * cell["accuracy"][kind][grading]["mean"], cell["arm_label"]) for cell in cells]
     place = -math.inf
     for index, (height, label) in enumerate(sorted(lines)):
         panel.axhline(height, color=FAINT, linewidth=1, linestyle=styles[index % len(styles)], zorder=1)
@@ -262,6 +263,6 @@ def curves(summary: dict) -> "Figure":
 FIGURES: dict[str, Callable[[dict], "Figure"]] = {"accuracy.png": accuracy, "curves.png": curves}
 CAPTIONS = {
     "accuracy.png": "Large markers are means over seeds, small ones the seeds, bars their range; arms of one size "
-    "stand side by side. Strict grading. Values kept in fewer bits are in the tables only.",
+    "stand side by side. {grading} grading. Values kept in fewer bits are in the tables only.",
     "curves.png": "Lines are means over seeds within stretches of steps, bands the range over seeds.",
 }

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +90,7 @@ class Plan:
         asked["generation"] = replace(generation, samples=count, eval_seed=seed, eval_batch_size=batch)
         asked["problems"] = replace(asked["problems"], split=split, limit=limit)
         name = f"samples-{count}-seed{seed}"
+        asked["grading"] = self.arguments.grading
         return OwnSamples(name=name, phase="samples", arm="samples", arm_label="own samples", **asked)
 
     def sweep(self) -> list[Training]:
@@ -187,12 +188,12 @@ class Plan:
 
     def _asked(self) -> dict:
         """What every run has: the model and the data, the test problems, and how they are answered."""
-        names = ("model_name_or_path", "model_revision", "dtype", "task", "system_prompt", "limit")
+        names = ("model_name_or_path", "model_revision", "dtype", "task", "system_prompt", "instruction", "limit")
         names += ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split")
         recipe = next(iter(self.recipes.values()))
         settings = {key: recipe[key] for key in names if key in recipe}
-        generation = {item.name: getattr(self.arguments, item.name) for item in fields(GenerationArguments)}
-        generation |= {key: recipe[key] for key in ("task", "system_prompt") if key in recipe}
+        generation = self.arguments.generation_settings()
+        generation |= {key: recipe[key] for key in ("task", "system_prompt", "instruction") if key in recipe}
         problems = Problems(
             settings["dataset_name"],
             settings.get("dataset_test_split", "test"),
@@ -219,10 +220,18 @@ def _final_name(arm, size, seed) -> str:
 
 def _hashes(settings) -> dict:
     """So that a result made from other weights or other problems is not taken for this one."""
-    files = [*Path(settings["model_name_or_path"]).glob("*.safetensors")]
-    dataset = Path(settings["dataset_name"])
+    model, dataset = Path(settings["model_name_or_path"]), Path(settings["dataset_name"])
+    files = [*model.glob("*.safetensors")]
+    hashes = {} if files else _stated_hashes(model)
     files += [dataset] if dataset.is_file() else dataset.glob("*.jsonl")
-    return {path.as_posix(): _sha256(path, path.stat().st_mtime_ns) for path in sorted(files)}
+    return hashes | {path.as_posix(): _sha256(path, path.stat().st_mtime_ns) for path in sorted(files)}
+
+
+def _stated_hashes(model) -> dict:
+    """Of weights that the repository does not hold, as a file beside their folder states them: for the report alone."""
+    beside = model.with_name(f"{model.name}.sha256")
+    lines = beside.read_text(encoding="utf-8").splitlines() if beside.is_file() else []
+    return {(model / name).as_posix(): digest for digest, name in map(str.split, lines)}
 
 
 _KNOWN_HASHES: dict[tuple, str] = {}

@@ -3,7 +3,9 @@
 from comparison.arguments import CompareArguments
 
 
-RULE = "best mean of greedy and sampled strict accuracy on the validation problems; the smaller rate of equals"
+def rule(grading: str) -> str:
+    """How a learning rate is chosen, for people; `grading` is `"strict"` or `"flexible"`."""
+    return f"best mean of greedy and sampled {grading} accuracy on the validation problems; the smaller rate of equals"
 
 
 def fixed_learning_rates(arguments: CompareArguments) -> dict:
@@ -22,14 +24,15 @@ def fixed_learning_rates(arguments: CompareArguments) -> dict:
     return rates
 
 
-def choose_learning_rates(records: list[dict]) -> dict:
+def choose_learning_rates(records: list[dict], grading: str = "strict") -> dict:
     """
-    For each arm and size the rate with the best mean of greedy and sampled strict accuracy.
+    For each arm and size the rate with the best mean of greedy and sampled accuracy.
 
     The smaller one of equals.
 
     Args:
         records (`list[dict]`): Of the sweep.
+        grading (`str`, *optional*, defaults to `"strict"`): Or `"flexible"`.
     Returns:
         `dict`: By arm and size: `learning_rate`, `score`, `grid` (scores by rate) and `at_edge` (whether a rate outside
         of the grid might have been better).
@@ -37,7 +40,7 @@ def choose_learning_rates(records: list[dict]) -> dict:
     scores: dict = {}
     for record in records:
         metrics = record["metrics"]
-        parts = [metrics[kind]["strict"]["accuracy"] for kind in ("greedy", "sampled") if kind in metrics]
+        parts = [metrics[kind][grading]["accuracy"] for kind in ("greedy", "sampled") if kind in metrics]
         by_size = scores.setdefault(record["arm"], {}).setdefault(record["size"], {})
         by_size[record["learning_rate"]] = sum(parts) / len(parts)
     chosen: dict = {}

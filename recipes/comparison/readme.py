@@ -4,7 +4,7 @@ from pathlib import Path
 
 from records.files import replace_section, write_text
 
-from comparison import figures
+from comparison import figures, report
 from comparison.tables import grid, percent
 
 
@@ -45,6 +45,25 @@ def readme_content(summary: dict) -> str:
     ]
     if not figures.lacking("accuracy.png", summary):
         parts.append(f"![Accuracy by number of trained values]({IMAGE})")
+    return "\n\n".join(parts)
+
+
+def recipe_content(summary: dict | None) -> str:
+    """
+    What the README beside a comparison's `results` folder shows of it.
+
+    Args:
+        summary (`dict`, *optional*): As [`summarize`] returns; None where nothing is committed yet.
+    Returns:
+        `str`: Markdown: whether it is complete, table, caption, figure.
+    """
+    if summary is None:
+        return "**Running: not complete.** No result is committed yet."
+    missing = summary["missing"]
+    parts = [f"**Running: not complete.** {len(missing)} of its runs are still to be done."] if missing else []
+    parts += [report.table(summary), f"{report.caption(summary)} [Report](results/report.md)."]
+    if not figures.lacking("accuracy.png", summary):
+        parts.append("![Accuracy by number of trained values](results/accuracy.png)")
     return "\n\n".join(parts)
 
 

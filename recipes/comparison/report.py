@@ -7,7 +7,6 @@ from pathlib import Path
 from records.files import write_text
 
 from comparison import conclusions, figures, tables
-from comparison.summary import MEASURES
 from comparison.tables import grid, listed, percent
 
 
@@ -26,6 +25,10 @@ SPLIT = (
     "more often*: more answers are right, whether the model reasons better or only does more often what it could do "
     "all along. An answer that no grading can read counts as a wrong one."
 )
+FORM = (
+    "Right is what *flexible* grading finds right: it takes a marked, boxed or last number. *In the asked-for form* is "
+    "the part of it that *strict* grading reads as well. An answer that no grading can read counts as a wrong one."
+)
 RULES = (
     "In brackets: 95% intervals. Each holds two: over problems (a paired bootstrap of each problem's mean over seeds) "
     "and over seeds (Student's t of the seeds' differences), so that neither other problems nor other seeds would take "
@@ -38,13 +41,16 @@ RULES = (
 
 def table(summary: dict) -> str:
     """
-    The first page's table: each arm at the main sizes beside the controls, their gain split in two.
+    The first page's table: each arm at the main sizes beside the controls.
+
+    A strict gain is split in two; where grading is flexible there is one gain, and the form has a column.
 
     Args:
         summary (`dict`): As [`summarize`] returns.
     Returns:
         `str`: Markdown; a gain is bold where its interval and its p-value carry it.
     """
+    grading = summary["grading"]
     trained = [cell for cell in summary["cells"] if cell["role"] == "arm"]
     cells = [cell for size in summary["main_sizes"] for cell in trained if cell["size"] == size]
     cells += [cell for cell in summary["cells"] if cell["role"] != "arm"]
@@ -52,12 +58,18 @@ def table(summary: dict) -> str:
     for cell in cells:
         named = [cell["label"], f"{cell['trained_values']:,}"] if cell["label"] != above else ["", ""]
         above = cell["label"]
-        sampled = cell["accuracy"].get("sampled", {}).get("strict")
+        greedy, sampled = cell["accuracy"]["greedy"], cell["accuracy"].get("sampled", {}).get(grading)
         gains = cell["gains"].get("greedy", {})
-        rows.append([*named, cell["arm_label"], percent(cell["accuracy"]["greedy"]["strict"]), percent(sampled)])
-        rows[-1] += [_part(gains.get(measure)) for measure in MEASURES["greedy"]]
-    header = "trained | values | arm or control | strict | sampled | gain | = right more often | + format"
-    return grid(header, "lrlrrrrr", rows)
+        rows.append([*named, cell["arm_label"], percent(greedy[grading]), percent(sampled), _part(gains.get(grading))])
+        if grading == "strict":
+            rows[-1] += [_part(gains.get(measure)) for measure in ("flexible", "format")]
+        else:
+            rows[-1] += [percent(greedy["strict"])]
+    if grading == "strict":
+        header = "trained | values | arm or control | strict | sampled | gain | = right more often | + format"
+        return grid(header, "lrlrrrrr", rows)
+    header = "trained | values | arm or control | right | sampled | gain | in the asked-for form"
+    return grid(header, "lrlrrrr", rows)
 
 
 def _part(found: dict | None) -> str:
@@ -90,7 +102,7 @@ def caption(summary: dict) -> str:
     return (
         f"Share of {summary['n_problems']} test problems answered right by greedy decoding{sampled}. {spread} "
         f"({', '.join(map(str, seeds)) or 'none'}). Gains of greedy answers over the untrained model, in percentage "
-        f"points, bold where they are claimed. {SPLIT} "
+        f"points, bold where they are claimed. {SPLIT if summary['grading'] == 'strict' else FORM} "
         f"{', '.join(commits)}, {(summary['finished'] or '')[:10]}."
     )
 
@@ -111,7 +123,7 @@ def text(summary: dict) -> str:
     parts += ["## Notes", listed(notes)] if notes else []
     for title, image in FIGURES.items():
         lacking = figures.lacking(image, summary)
-        shown = [f"![{title}]({image})", figures.CAPTIONS[image]]
+        shown = [f"![{title}]({image})", figures.CAPTIONS[image].format(grading=summary["grading"].capitalize())]
         parts += [f"## {title}", *([f"Not drawn: {lacking}."] if lacking else shown)]
     for title, section in SECTIONS.items():
         parts += [f"## {title}", section(summary)]

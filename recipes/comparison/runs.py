@@ -29,6 +29,8 @@ from trl_tinylora.tasks import get_task
 SCRIPTS: dict[str, ModuleType] = {"rl": grpo, "sft": sft}
 MAX_RECORDED_VALUES = 256
 OWN_SAMPLES = "train.jsonl"
+# transformers' two names of one argument, of which the recipes have had both: a record by either is of the same run.
+RENAMED = {"gradient_checkpointing": "activation_checkpointing"}
 
 
 @dataclass(frozen=True)
@@ -88,15 +90,20 @@ class Run(ABC):
         """Name of the run whose rows this one trains on."""
         return None
 
+    def plan(self) -> dict:
+        """Its fields, as JSON has them."""
+        return asdict(self) | {"generation": self.generation.generation_settings()}
+
     @property
     def digest(self) -> str:
         """Equal for two runs exactly if they would do the same."""
-        plan = {key: value for key, value in asdict(self).items() if key not in ("label", "arm_label")}
+        plan = {key: value for key, value in self.plan().items() if key not in ("label", "arm_label")}
+        plan["settings"] = {RENAMED.get(key, key): value for key, value in self.settings.items()}
         return digest_of(plan | {"kind": type(self).__name__, "algorithm": self.algorithm})
 
     def described(self) -> dict:
         """What its record says of the plan."""
-        plan = {key: value for key, value in asdict(self).items() if key != "settings"}
+        plan = {key: value for key, value in self.plan().items() if key != "settings"}
         return plan | {"algorithm": self.algorithm, "digest": self.digest}
 
     def kept(self, folder: Path) -> dict | None:
@@ -209,20 +216,31 @@ class RandomValues(ZeroAdapter):
 @dataclass(frozen=True, kw_only=True)
 class OwnSamples(Run):
     """
-    The untrained model's own right answers, one a problem at most, as rows of the task: `answer` is what it wrote.
+    The untrained model's own right answers, one a problem at most: the task's rows, with them as `demonstration`.
 
     The first right sample of each problem, so that easy problems are not in it more often than hard ones.
+
+    Args:
+        grading (`str`): By which they are right, `"strict"` or `"flexible"`.
     """
+
+    grading: str = "strict"
+
+    def plan(self) -> dict:
+        plan = super().plan()
+        if self.grading == "strict":
+            # As before there was another one, which keeps digests valid.
+            del plan["grading"]
+        return plan
 
     def run(self, folder: Path) -> dict:
         rows = self.rows()
         metrics = self.metrics(*self.load(), folder, kinds=("sampled",))
         kept: dict[int, dict] = {}
         for line in read_lines(folder / "completions.jsonl"):
-            if line["strict"] and line["problem"] not in kept:
-                # GSM8K's demonstrations are in its answers, MATH's in its solutions.
-                own = dict.fromkeys(("answer", "solution"), line["completion"])
-                kept[line["problem"]] = {"question": rows[line["problem"]]["question"]} | own
+            if line[self.grading] and line["problem"] not in kept:
+                asked = {name: rows[line["problem"]][name] for name in ("question", "answer")}
+                kept[line["problem"]] = asked | {"demonstration": line["completion"]}
         if not kept:
             raise ValueError(
                 f"none of {metrics['samples']} samples of {len(rows)} problems is right: there is nothing of its own "
@@ -235,7 +253,7 @@ class OwnSamples(Run):
             "examples": len(kept),
             "problems_asked": len(rows),
             "generated_tokens": metrics["sampled"]["tokens"],
-            "accuracy": metrics["sampled"]["strict"]["accuracy"],
+            "accuracy": metrics["sampled"][self.grading]["accuracy"],
             "sha256": hashlib.sha256(text.encode()).hexdigest(),
         }
 

@@ -19,7 +19,12 @@ CURVE_POINTS = 25
 
 
 def summarize(
-    records: list[dict], rates: dict, missing: list[str], allowed_differences: dict[str, str], sweep_seconds: float
+    records: list[dict],
+    rates: dict,
+    missing: list[str],
+    allowed_differences: dict[str, str],
+    sweep_seconds: float,
+    grading: str = "strict",
 ) -> dict:
     """
     What the report says, as numbers.
@@ -30,21 +35,23 @@ def summarize(
         missing (`list[str]`): Names of planned runs without a record.
         allowed_differences (`dict[str, str]`): Keys in which the arms' recipes may differ, and why.
         sweep_seconds (`float`): Compute time of the sweep's runs, in seconds; 0 without a sweep.
+        grading (`str`, *optional*, defaults to `"strict"`): What counts as right, or `"flexible"`.
     Returns:
-        `dict`: All that text and figures need: `main_sizes` (those of the first page), `cells` (one a model that was
-        evaluated: an arm at a size, over its seeds), `pairs` (RL against the other arms and the controls),
-        and what stands around them.
+        `dict`: All that text and figures need: `grading`, `main_sizes` (those of the first page), `cells` (one a model
+        that was evaluated: an arm at a size, over its seeds), `pairs` (RL against the other arms and the controls), and
+        what stands around them.
     """
-    ordered = _models(records)
-    untrained = next((group for group in ordered if _role(group[0]) == "untrained"), None)
-    cells = [_cell(group, untrained, rates) for group in ordered]
+    ordered = _models(records, grading)
+    untrained = next((group for group in ordered if _role(group[0], grading) == "untrained"), None)
+    cells = [_cell(group, untrained, rates, grading) for group in ordered]
     _place_controls(cells)
-    pairs = list(_pairs(ordered))
+    pairs = list(_pairs(ordered, grading))
     _correct_for_many(cells, pairs)
-    _add_recovered(cells)
+    _add_recovered(cells, grading)
     first = next((group[0] for group in ordered), None)
     metrics = first["metrics"] if first else {}
     summary = {
+        "grading": grading,
         "main_sizes": _main_sizes(cells),
         "cells": cells,
         "pairs": pairs,
@@ -65,7 +72,7 @@ def summarize(
     return _rounded(summary)
 
 
-def _models(records) -> list[list[dict]]:
+def _models(records, grading) -> list[list[dict]]:
     """The records of each model, a seed each: first the untrained one, then controls, then arms by size."""
     groups: dict = {}
     for record in records:
@@ -74,9 +81,12 @@ def _models(records) -> list[list[dict]]:
     for group in groups.values():
         group.sort(key=lambda record: (record["seed"] is not None, record["seed"] or 0))
     arms = list(dict.fromkeys(arm for arm, _ in groups))
-    return sorted(
-        groups.values(), key=lambda group: (ROLES.index(_role(group[0])), _place(group[0]), arms.index(group[0]["arm"]))
-    )
+
+    def place(group):
+        first = group[0]
+        return ROLES.index(_role(first, grading)), _place(first), arms.index(first["arm"])
+
+    return sorted(groups.values(), key=place)
 
 
 def _rounded(item):
@@ -88,10 +98,12 @@ def _rounded(item):
     return float(f"{item:.6g}") if isinstance(item, float) else item
 
 
-def _role(record) -> str:
+def _role(record, grading) -> str:
     if record["phase"] in ("untrained", "control"):
         return record["phase"]
-    return "arm" if record["config"].get("reward", "strict") == "strict" else "control"
+    # SFT has none, and a record from before rewards were a list has a name, or nothing where it is the default.
+    reward = record["config"].get("reward", grading if record["algorithm"] == "sft" else "strict")
+    return "arm" if reward in (grading, [grading]) else "control"
 
 
 def _place(record) -> tuple:
@@ -119,13 +131,13 @@ def family(config: dict) -> str:
     return "TinyLoRA, structured" if config.get("tying") == "structured" else "TinyLoRA"
 
 
-def _cell(group, untrained, rates) -> dict:
+def _cell(group, untrained, rates, grading) -> dict:
     first = group[0]
     config = first.get("config") or {}
     rate = rates.get(first["arm"], {}).get(first["size"], {})
     greedy = [record["metrics"]["greedy"] for record in group]
     return {
-        "role": _role(first),
+        "role": _role(first, grading),
         **{key: first[key] for key in ("arm", "arm_label", "algorithm", "size")},
         "label": first["label"] or "nothing",
         "family": family(config),
@@ -137,20 +149,23 @@ def _cell(group, untrained, rates) -> dict:
         "seeds": [record["seed"] for record in group],
         "accuracy": {
             kind: {
-                grading: _spread([record["metrics"][kind][grading] for record in group])
-                for grading in GRADINGS
-                if grading in first["metrics"][kind]
+                name: _spread([record["metrics"][kind][name] for record in group])
+                for name in GRADINGS
+                if name in first["metrics"][kind]
             }
             for kind in KINDS
             if kind in first["metrics"]
         },
         "pass_at": {
-            k: _mean(record["metrics"]["sampled"]["strict"]["pass_at"][k] for record in group)
-            for k in first["metrics"].get("sampled", {}).get("strict", {}).get("pass_at", {})
+            k: _mean(record["metrics"]["sampled"][grading]["pass_at"][k] for record in group)
+            for k in first["metrics"].get("sampled", {}).get(grading, {}).get("pass_at", {})
         },
         **{key: _mean(item[key] for item in greedy) for key in ("mean_tokens", "truncated", "no_marker")},
         "gains": {
-            kind: {measure: difference(group, untrained, kind, measure) for measure in MEASURES[kind]}
+            kind: {
+                measure: difference(group, untrained, kind, measure, _is_by_seed(kind, measure, grading))
+                for measure in MEASURES[kind]
+            }
             for kind in KINDS
             if kind in first["metrics"]
         }
@@ -159,6 +174,11 @@ def _cell(group, untrained, rates) -> dict:
         "budget": {key: sorted({record[key] for record in group}) for key in BUDGET if key in first},
         "curve": _curve([record["curve"] for record in group if record.get("curve")]),
     }
+
+
+def _is_by_seed(kind, measure, grading) -> bool:
+    """Seeds alone are shown of greedy answers, in the comparison's grading."""
+    return kind == "greedy" and measure == grading
 
 
 def _place_controls(cells) -> None:
@@ -208,14 +228,14 @@ def _curve(curves) -> dict:
     return drawn
 
 
-def _pairs(ordered) -> Iterator[dict]:
+def _pairs(ordered, grading) -> Iterator[dict]:
     """RL against every other arm of its size, and against the controls of its size or of none."""
-    arms = [group for group in ordered if _role(group[0]) == "arm"]
+    arms = [group for group in ordered if _role(group[0], grading) == "arm"]
     first_arm = next((group[0]["arm"] for group in arms if group[0]["algorithm"] == "rl"), None)
     for group in (group for group in arms if group[0]["arm"] == first_arm):
         first = group[0]
         for other in ordered:
-            role, size = _role(other[0]), other[0]["size"]
+            role, size = _role(other[0], grading), other[0]["size"]
             if role == "untrained" or other is group or size not in (first["size"], None):
                 continue
             yield {
@@ -224,7 +244,10 @@ def _pairs(ordered) -> Iterator[dict]:
                 **{"first": first["arm"], "first_label": first["arm_label"]},
                 **{"other": other[0]["arm"], "other_label": other[0]["arm_label"]},
                 **{
-                    kind: {grading: difference(group, other, kind, grading) for grading in ("strict", "flexible")}
+                    kind: {
+                        measure: difference(group, other, kind, measure, _is_by_seed(kind, measure, grading))
+                        for measure in ("strict", "flexible")
+                    }
                     for kind in KINDS
                 },
             }
@@ -242,14 +265,14 @@ def _correct_for_many(cells, pairs) -> None:
                     item |= {"p_corrected": corrected, "corrected_for": len(found)}
 
 
-def _add_recovered(cells) -> None:
-    """The share of full fine-tuning's gain by RL over the untrained model, in strict greedy accuracy: the paper's."""
-    scores = {(cell["role"], cell["family"], cell["algorithm"]): cell["accuracy"]["greedy"]["strict"] for cell in cells}
+def _add_recovered(cells, grading) -> None:
+    """The share of full fine-tuning's gain by RL over the untrained model, in greedy accuracy: the paper's."""
+    scores = {(cell["role"], cell["family"], cell["algorithm"]): cell["accuracy"]["greedy"][grading] for cell in cells}
     full, start = scores.get(("arm", "full fine-tuning", "rl")), scores.get(("untrained", "nothing", None))
     gain = full["mean"] - start["mean"] if full and start else 0
     for cell in cells:
         is_trained = gain > 0 and cell["algorithm"] is not None
-        gained = cell["accuracy"]["greedy"]["strict"]["mean"] - start["mean"] if is_trained else None
+        gained = cell["accuracy"]["greedy"][grading]["mean"] - start["mean"] if is_trained else None
         cell["recovered"] = gained / gain if is_trained else None
 
 

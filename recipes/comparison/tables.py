@@ -75,7 +75,7 @@ def comparisons(summary: dict) -> str:
         + [
             ", ".join(
                 f"{seed['seed']}: {seed['only_first']}:{seed['only_other']} ({_p(seed['p'])})"
-                for seed in (pair["greedy"]["strict"] or {}).get("by_seed", [])
+                for seed in (pair["greedy"][summary["grading"]] or {}).get("by_seed", [])
             )
             or "-"
         ]
@@ -85,26 +85,34 @@ def comparisons(summary: dict) -> str:
     return "\n\n".join(
         [
             "Percentage points, with the interval and p after correction. The last column takes each seed's greedy "
-            "strict answers alone: problems that only the first model got right, to those that only the second did, "
-            "and p of McNemar's exact test, uncorrected.",
+            f"{summary['grading']} answers alone: problems that only the first model got right, to those that only the "
+            "second did, and p of McNemar's exact test, uncorrected.",
             grid(f"{header} | by seed", "llrrrrl", rows),
         ]
     )
 
 
 def gains(summary: dict) -> str:
-    """What each model gained over the untrained one, in its two parts."""
+    """What each model gained over the untrained one; a strict gain in its two parts."""
+    is_strict = summary["grading"] == "strict"
     rows = [
         [cell["arm_label"], cell["label"]]
-        + [_difference(cell["gains"]["greedy"][measure]) for measure in MEASURES["greedy"]]
+        + [_difference(cell["gains"]["greedy"][measure]) for measure in MEASURES["greedy" if is_strict else "sampled"]]
         + [_difference(cell["gains"].get("sampled", {}).get(measure)) for measure in ("strict", "flexible")]
         for cell in summary["cells"]
         if cell["gains"]
     ]
-    header = (
-        "arm | trained | strict | of it right more often | of it format | sampled, strict | sampled, right more often"
+    header = "arm | trained | strict | flexible | sampled, strict | sampled, flexible"
+    if is_strict:
+        header = (
+            "arm | trained | strict | of it right more often | of it format | sampled, strict | "
+            "sampled, right more often"
+        )
+    return (
+        grid(header, "ll" + "r" * (header.count("|") - 1), rows)
+        if rows
+        else "None: the untrained model was not evaluated."
     )
-    return grid(header, "llrrrrr", rows) if rows else "None: the untrained model was not evaluated."
 
 
 def every_arm(summary: dict) -> str:
@@ -189,8 +197,8 @@ def rates(summary: dict) -> str:
     if summary["sweep_seconds"]:
         origin = (
             f"Swept for this comparison, {timedelta(seconds=summary['sweep_seconds'])} of compute: the best mean of "
-            "greedy and sampled strict accuracy on the validation problems, with one seed apart from the final ones; "
-            "the smaller rate of equals."
+            f"greedy and sampled {summary['grading']} accuracy on the validation problems, with one seed apart from "
+            "the final ones; the smaller rate of equals."
         )
     return "\n\n".join([origin, grid("arm | size | rate | score by rate", "llrl", rows)])
 

@@ -226,7 +226,7 @@ class Progress:
             self.seconds.setdefault(run.algorithm, []).append(record["wall_seconds"])
             metrics = record.get("metrics", {})
             kinds = [kind for kind in ("greedy", "sampled") if kind in metrics]
-            shown = [f"{kind} {metrics[kind]['strict']['accuracy']:.1%}" for kind in kinds] or ["done"]
+            shown = [f"{kind} {metrics[kind][self.arguments.grading]['accuracy']:.1%}" for kind in kinds] or ["done"]
             result = f"{', '.join(shown)} ({record['wall_seconds']:.0f} s)"
         elapsed = timedelta(seconds=round(time.monotonic() - self.started))
         done = len(self.algorithms) - len(self.open)

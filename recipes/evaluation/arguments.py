@@ -1,6 +1,6 @@
 """The arguments of `evaluate.py`, and those of them that a comparison has as well."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from trl_tinylora.tasks import get_task
@@ -15,6 +15,7 @@ class GenerationArguments:
     Args:
         task (`str`, *optional*, defaults to `"gsm8k"`): Whose prompt and grading, `"gsm8k"` or `"math"`.
         system_prompt (`str`, *optional*): Instead of the task's own; by default there is none for GSM8K.
+        instruction (`str`, *optional*): What follows the question, instead of the task's own.
         samples (`int`, *optional*, defaults to `4`): Samples a problem, beside the greedy completion; 0 for none.
         temperature (`float`, *optional*, defaults to `1.0`): Of the samples.
         max_new_tokens (`int`, *optional*, defaults to `512`): Limit of a completion.
@@ -26,6 +27,7 @@ class GenerationArguments:
 
     task: str | None = field(default="gsm8k", metadata={"help": "Whose prompt and grading: gsm8k or math."})
     system_prompt: str | None = field(default=None, metadata={"help": "Instead of the task's own system prompt."})
+    instruction: str | None = field(default=None, metadata={"help": "Instead of the task's own instruction."})
     samples: int = field(default=4, metadata={"help": "Samples a problem, beside the greedy completion; 0 for none."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the samples."})
     max_new_tokens: int = field(default=512, metadata={"help": "Limit of a completion, in tokens."})
@@ -43,6 +45,13 @@ class GenerationArguments:
             raise ValueError(
                 f"temperature must be above 0, got {self.temperature}: the greedy completion is always generated"
             )
+
+    def generation_settings(self) -> dict:
+        """What completions follow from; without an `instruction` as before there was one, which keeps digests valid."""
+        settings = {item.name: getattr(self, item.name) for item in fields(GenerationArguments)}
+        if self.instruction is None:
+            del settings["instruction"]
+        return settings
 
 
 @dataclass
@@ -112,5 +121,4 @@ class EvaluationArguments(GenerationArguments):
 
     def of_task(self, task: str) -> GenerationArguments:
         """How completions of this task are generated."""
-        values = {name: getattr(self, name) for name in GenerationArguments.__dataclass_fields__}
-        return GenerationArguments(**values | {"task": task})
+        return GenerationArguments(**self.generation_settings() | {"task": task})

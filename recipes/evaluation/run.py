@@ -82,12 +82,14 @@ def complete(
     task = get_task(arguments.task)
     prompts = [
         tokenizer.apply_chat_template(
-            task.build_prompt(row["question"], arguments.system_prompt), tokenize=False, add_generation_prompt=True
+            task.build_prompt(row["question"], arguments.system_prompt, arguments.instruction),
+            tokenize=False,
+            add_generation_prompt=True,
         )
         for row in rows
     ]
     golds = [task.gold_answer(row["answer"]) for row in rows]
-    settings = {name: getattr(arguments, name) for name in GenerationArguments.__dataclass_fields__}
+    settings = arguments.generation_settings()
     settings |= {"n_problems": len(rows), "problems": digest_of([prompts, golds]), "model": generator.identity()}
     kept = CompletionsFile(completions_path, settings)
 

@@ -34,11 +34,13 @@ class RecipeArguments(trl.ScriptArguments):
         task (`str`, *optional*, defaults to `"gsm8k"`): Prompt, gold answer and grading: one of
             `trl_tinylora.tasks.TASKS`.
         system_prompt (`str`, *optional*): A system message before every problem, instead of the task's own.
+        instruction (`str`, *optional*): What follows every problem's question, instead of the task's own.
         limit (`int`, *optional*): Take only the first `limit` rows of the split.
     """
 
     task: str = field(default="gsm8k", metadata={"help": "Prompt, gold answer and grading: gsm8k or math."})
     system_prompt: str | None = field(default=None, metadata={"help": "A system message before every problem."})
+    instruction: str | None = field(default=None, metadata={"help": "What follows every question."})
     limit: int | None = field(default=None, metadata={"help": "Take only the first `limit` rows of the split."})
 
 

@@ -59,7 +59,7 @@ def executed(monkeypatch):
         write_text(arguments.path("runs", f"{run.name}.json"), json.dumps(fake_record(run)))
         return None
 
-    def summarize(records, rates, missing, allowed_differences, sweep_seconds):
+    def summarize(records, rates, missing, allowed_differences, sweep_seconds, grading):
         return {"names": sorted(record["name"] for record in records), "missing": missing}
 
     monkeypatch.setattr(workers, "ProcessPoolExecutor", InlinePool)

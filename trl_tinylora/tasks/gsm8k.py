@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from .answers import are_equal, last_box, texts_of
 from .numerals import last_number, read_number, states_number, value_of
-from .rows import id_of, read_rows, text_in
+from .rows import demonstration_of, id_of, read_rows, text_in
 
 
 if TYPE_CHECKING:
@@ -34,17 +34,21 @@ INSTRUCTION = 'Let\'s think step by step and output the final answer after "####
 _MARKED = re.compile(r"####[ \t]*((?:(?!####)[^\n])*)")
 
 
-def build_prompt(question: str, system_prompt: str | None = None) -> list[dict[str, str]]:
-    """One user turn: the question and VERL's instruction to end with "####".
+def build_prompt(
+    question: str, system_prompt: str | None = None, instruction: str | None = None
+) -> list[dict[str, str]]:
+    """One user turn: the question and an instruction, VERL's to end with "####" where none is given.
 
     Args:
         question (`str`): The problem's text.
         system_prompt (`str`, *optional*): A system turn before it; without one, there is none.
+        instruction (`str`, *optional*): Instead of [`INSTRUCTION`]; an empty one leaves the question alone.
     Returns:
         `list[dict[str, str]]`: A conversation that ends in the user turn.
     """
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-    return [*system, {"role": "user", "content": f"{question} {INSTRUCTION}"}]
+    asked = f"{question} {INSTRUCTION if instruction is None else instruction}"
+    return [*system, {"role": "user", "content": asked.rstrip()}]
 
 
 def gold_answer(answer: str) -> str:
@@ -179,7 +183,7 @@ def load_rows(dataset_name: str, split: str, config: str | None = None, limit: i
         config (`str`, *optional*): The Hub data set's configuration; "openai/gsm8k" is read as "main" without one.
         limit (`int`, *optional*): Keep the first `limit` rows.
     Returns:
-        `datasets.Dataset`: Columns `question` and `answer`, and `id` if every row has one.
+        `datasets.Dataset`: Columns `question` and `answer`, and `id` and `demonstration` if every row has one.
     Raises:
         FileNotFoundError: If the file or the split's file does not exist.
         ValueError: If a row cannot be read, lacks a column or has no gold number, or if `limit` is below 1.
@@ -188,39 +192,44 @@ def load_rows(dataset_name: str, split: str, config: str | None = None, limit: i
     def check(row):
         kept = {name: text_in(row, name) for name in ("question", "answer")}
         gold_answer(kept["answer"])
-        return kept | id_of(row)
+        return kept | id_of(row) | demonstration_of(row)
 
     return read_rows(dataset_name, split, config, limit, check)
 
 
-def for_rl(dataset: "Dataset", system_prompt: str | None = None) -> "Dataset":
+def for_rl(dataset: "Dataset", system_prompt: str | None = None, instruction: str | None = None) -> "Dataset":
     """Rows for GRPO: `prompt` (conversation) and `answer` (gold number).
 
     Args:
         dataset (`datasets.Dataset`): Rows of [`load_rows`].
         system_prompt (`str`, *optional*): As of [`build_prompt`].
+        instruction (`str`, *optional*): As of [`build_prompt`].
     Returns:
         `datasets.Dataset`: Columns `prompt` and `answer`.
     """
-    return dataset.map(
-        lambda row: {"prompt": build_prompt(row["question"], system_prompt), "answer": gold_answer(row["answer"])},
-        remove_columns=dataset.column_names,
-    )
+
+    def prompt_and_answer(row):
+        prompt = build_prompt(row["question"], system_prompt, instruction)
+        return {"prompt": prompt, "answer": gold_answer(row["answer"])}
+
+    return dataset.map(prompt_and_answer, remove_columns=dataset.column_names)
 
 
-def for_sft(dataset: "Dataset", system_prompt: str | None = None) -> "Dataset":
-    """Rows for SFT: `prompt` (the same conversation as in RL) and `completion` (the whole gold answer).
+def for_sft(dataset: "Dataset", system_prompt: str | None = None, instruction: str | None = None) -> "Dataset":
+    """Rows for SFT: `prompt` (the same conversation as in RL) and `completion` (the whole gold answer, or the row's
+    `demonstration`).
 
     Args:
         dataset (`datasets.Dataset`): Rows of [`load_rows`].
         system_prompt (`str`, *optional*): As of [`build_prompt`].
+        instruction (`str`, *optional*): As of [`build_prompt`].
     Returns:
         `datasets.Dataset`: Columns `prompt` and `completion`.
     """
 
     def prompt_and_completion(row):
-        solution = {"role": "assistant", "content": row["answer"]}
-        return {"prompt": build_prompt(row["question"], system_prompt), "completion": [solution]}
+        solution = {"role": "assistant", "content": row.get("demonstration", row["answer"])}
+        return {"prompt": build_prompt(row["question"], system_prompt, instruction), "completion": [solution]}
 
     return dataset.map(prompt_and_completion, remove_columns=dataset.column_names)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .answers import are_equal, are_readable, final_answer, last_box, texts_of
 from .benchmarks import published_as
 from .numerals import last_number
-from .rows import id_of, read_rows, text_in
+from .rows import demonstration_of, id_of, read_rows, text_in
 
 
 if TYPE_CHECKING:
@@ -31,18 +31,22 @@ QUESTION_COLUMNS = ("problem", "question")
 ANSWER_COLUMNS = ("gt_answer", "final_answer", "answer", "solution")
 
 
-def build_prompt(question: str, system_prompt: str | None = None) -> list[dict[str, str]]:
+def build_prompt(
+    question: str, system_prompt: str | None = None, instruction: str | None = None
+) -> list[dict[str, str]]:
     r"""SimpleRL's "qwen-boxed" prompt: a system turn, then the question and the instruction to end with `\boxed{}`.
 
     Args:
         question (`str`): The problem's text.
         system_prompt (`str`, *optional*): Instead of [`SYSTEM_PROMPT`].
+        instruction (`str`, *optional*): Instead of [`INSTRUCTION`]; an empty one leaves the question alone.
     Returns:
         `list[dict[str, str]]`: A conversation that ends in the user turn.
     """
+    asked = f"{question}\n{INSTRUCTION if instruction is None else instruction}"
     return [
         {"role": "system", "content": SYSTEM_PROMPT if system_prompt is None else system_prompt},
-        {"role": "user", "content": f"{question}\n{INSTRUCTION}"},
+        {"role": "user", "content": asked.rstrip()},
     ]
 
 
@@ -142,8 +146,8 @@ def load_rows(dataset_name: str, split: str, config: str | None = None, limit: i
         config (`str`, *optional*): The Hub data set's configuration; those of the table need none.
         limit (`int`, *optional*): Keep the first `limit` rows.
     Returns:
-        `datasets.Dataset`: Columns `question` and `answer` (gold answer); `id`, and `solution` with its box, if every
-        row has them.
+        `datasets.Dataset`: Columns `question` and `answer` (gold answer); `id`, `demonstration`, and `solution` with
+        its box, if every row has them.
     Raises:
         FileNotFoundError: If the file or the split's file does not exist.
         ValueError: If a row cannot be read or lacks a column, or if `limit` is below 1.
@@ -165,42 +169,48 @@ def load_rows(dataset_name: str, split: str, config: str | None = None, limit: i
         solution = row.get("solution")
         has_box = isinstance(solution, str) and last_box(solution) is not None
         worked = {"solution": solution} if has_box else {}
-        return {"question": question, "answer": gold_answer(answer)} | id_of(row) | worked
+        return {"question": question, "answer": gold_answer(answer)} | id_of(row) | demonstration_of(row) | worked
 
     return read_rows(dataset_name, split, config, limit, check)
 
 
-def for_rl(dataset: "Dataset", system_prompt: str | None = None) -> "Dataset":
+def for_rl(dataset: "Dataset", system_prompt: str | None = None, instruction: str | None = None) -> "Dataset":
     """Rows for GRPO: `prompt` (conversation) and `answer` (gold answer).
 
     Args:
         dataset (`datasets.Dataset`): Rows of [`load_rows`].
         system_prompt (`str`, *optional*): As of [`build_prompt`].
+        instruction (`str`, *optional*): As of [`build_prompt`].
     Returns:
         `datasets.Dataset`: Columns `prompt` and `answer`.
     """
-    return dataset.map(
-        lambda row: {"prompt": build_prompt(row["question"], system_prompt), "answer": gold_answer(row["answer"])},
-        remove_columns=dataset.column_names,
-    )
+
+    def prompt_and_answer(row):
+        prompt = build_prompt(row["question"], system_prompt, instruction)
+        return {"prompt": prompt, "answer": gold_answer(row["answer"])}
+
+    return dataset.map(prompt_and_answer, remove_columns=dataset.column_names)
 
 
-def for_sft(dataset: "Dataset", system_prompt: str | None = None) -> "Dataset":
+def for_sft(dataset: "Dataset", system_prompt: str | None = None, instruction: str | None = None) -> "Dataset":
     r"""Rows for SFT: `prompt` (the same conversation as in RL) and `completion` (the solution, or the boxed answer).
 
-    SimpleRL's rows have no solutions: what is learnt from them is to answer without a reasoning.
+    A row's `demonstration` is learnt as it is. SimpleRL's rows have no solutions: what is learnt from them is to answer
+    without a reasoning.
 
     Args:
         dataset (`datasets.Dataset`): Rows of [`load_rows`], or with whole solutions as `answer`.
         system_prompt (`str`, *optional*): As of [`build_prompt`].
+        instruction (`str`, *optional*): As of [`build_prompt`].
     Returns:
         `datasets.Dataset`: Columns `prompt` and `completion`.
     """
 
     def prompt_and_completion(row):
         text = row.get("solution", row["answer"])
-        solution = {"role": "assistant", "content": text if last_box(text) else rf"\boxed{{{text}}}"}
-        return {"prompt": build_prompt(row["question"], system_prompt), "completion": [solution]}
+        boxed = text if last_box(text) else rf"\boxed{{{text}}}"
+        solution = {"role": "assistant", "content": row.get("demonstration", boxed)}
+        return {"prompt": build_prompt(row["question"], system_prompt, instruction), "completion": [solution]}
 
     return dataset.map(prompt_and_completion, remove_columns=dataset.column_names)
 

@@ -65,6 +65,11 @@ def id_of(row: dict) -> dict[str, str]:
     return {"id": str(names[0])} if names else {}
 
 
+def demonstration_of(row: dict) -> dict[str, str]:
+    """What SFT learns instead of the task's own text, as the column `demonstration`, if the row has one."""
+    return {"demonstration": row["demonstration"]} if isinstance(row.get("demonstration"), str) else {}
+
+
 def _load_published(dataset_name: str, config: str | None, split: str) -> "Dataset":
     """Rows of a data set on the Hub; of those in the table, the configuration need not be named."""
     from datasets import load_dataset

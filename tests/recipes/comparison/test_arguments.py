@@ -1,6 +1,7 @@
 """What of a comparison's YAML is refused."""
 
 import pytest
+from comparison.plan import Plan
 from toy_comparison import comparison
 
 
@@ -19,6 +20,8 @@ from toy_comparison import comparison
             r"\['13'\].learning_rate has no rate for 'sft': without a sweep_seed each arm needs a learning_rate",
         ),
         ({"seeds": [0, 1]}, "sweep_seed=0 is among seeds"),
+        ({"grading": "lenient"}, "grading must be 'strict' or 'flexible', got 'lenient'"),
+        ({"only_sizes": ["14"]}, r"the comparison.only_sizes names \['14'\]"),
         ({"jobs": 0}, "jobs must be at least 1, got 0"),
         ({"sizes": {"13": {"label": "", "arguments": {"n_value": 13}}}}, "sizes\\['13'\\] must hold"),
         ({"arms": {}}, "arms is missing"),
@@ -37,3 +40,11 @@ from toy_comparison import comparison
 def test_impossible_comparisons_are_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         comparison(tmp_path, **changes)
+
+
+def test_a_part_of_the_sizes_has_their_controls_and_the_same_runs(tmp_path):
+    whole, part = comparison(tmp_path), comparison(tmp_path, only_sizes=["full"])
+    assert set(part.sizes) == {"full"} and set(part.controls) == {"prompted"}
+    assert ("rl-format", "13") not in part.cells() and ("rl", "full") in part.cells()
+    runs = {run.name: run.digest for run in Plan(whole).sweep()}
+    assert {run.name: run.digest for run in Plan(part).sweep()}.items() <= runs.items()

@@ -1,11 +1,16 @@
 """Which runs a comparison consists of."""
 
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import trl
 import yaml
 from comparison import plan
 from comparison.arguments import CompareArguments
 from comparison.plan import ALLOWED_DIFFERENCES, Plan
+from comparison.rates import fixed_learning_rates
 from toy_comparison import COMPARISON_FILES, TOY, changed_recipe, comparison, rates_for, with_recipe
 
 
@@ -66,3 +71,37 @@ def test_random_values_are_as_long_as_the_trained_ones_of_their_seed(tmp_path):
         "control-random-values-seed1": 5.0,
         "control-random-values-seed3": pytest.approx(153**0.5),
     }
+
+
+def test_the_committed_records_of_the_toy_are_of_the_runs_that_its_yaml_plans():
+    (arguments,) = trl.TrlParser((CompareArguments,)).parse_args_and_config(["--config", str(TOY / "compare.yaml")])
+    planned, folder = Plan(arguments), TOY / "results" / "runs"
+    finals = planned.final(fixed_learning_rates(arguments))
+    trained = {run.name: run.kept(folder) for run in finals}
+    runs = [planned.untrained(), *planned.samples(), *finals, *planned.controls(trained)]
+    assert len(runs) == len(list(folder.glob("*.json")))
+    assert [run.name for run in runs if run.kept(folder) is None] == []
+
+
+def test_an_instruction_and_a_grading_are_of_the_plan_where_they_are_not_the_defaults(tmp_path):
+    before, changed = comparison(tmp_path), comparison(tmp_path, grading="flexible")
+    for arm, described in changed.arms.items():
+        name = Path(described["recipe"]).stem
+        with_recipe(changed, changed_recipe(tmp_path, name, instruction="Be brief."), arm)
+    first, second = (Plan(arguments).samples()[0] for arguments in (before, changed))
+    assert (second.grading, second.generation.instruction) == ("flexible", "Be brief.")
+    assert "grading" not in first.described() and "instruction" not in first.described()["generation"]
+    assert second.described()["grading"] == "flexible"
+    digests = {first.digest, second.digest, replace(second, grading="strict").digest}
+    assert len(digests | {Plan(before).untrained().digest}) == 4
+
+
+def test_weights_that_are_not_there_count_as_those_of_the_hash_beside_their_folder(tmp_path):
+    (tmp_path / "test.jsonl").write_text("{}\n")
+    (tmp_path / "base.sha256").write_text("abc  model.safetensors\n")
+    settings = {"model_name_or_path": str(tmp_path / "base"), "dataset_name": str(tmp_path)}
+    weights = (tmp_path / "base" / "model.safetensors").as_posix()
+    assert plan._hashes(settings)[weights] == "abc"
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"other weights")
+    assert plan._hashes(settings)[weights] == hashlib.sha256(b"other weights").hexdigest()

@@ -5,10 +5,10 @@ from comparison.rates import choose_learning_rates, fixed_learning_rates
 from toy_comparison import comparison
 
 
-def scored(scores):
+def scored(scores, grading="strict"):
     for rate, score in scores.items():
-        strict = {"strict": {"accuracy": score}}
-        yield {"arm": "rl", "size": "13", "learning_rate": rate, "metrics": {"greedy": strict, "sampled": strict}}
+        graded = {"strict": {"accuracy": 0.0}} | {grading: {"accuracy": score}}
+        yield {"arm": "rl", "size": "13", "learning_rate": rate, "metrics": {"greedy": graded, "sampled": graded}}
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,11 @@ def scored(scores):
 def test_equal_scores_choose_the_smaller_rate_and_an_edge_is_marked(scores, chosen):
     found = choose_learning_rates(list(scored(scores)))["rl"]["13"]
     assert (found["learning_rate"], found["at_edge"]) == chosen
+
+
+def test_a_flexible_grading_chooses_where_no_answer_has_the_marker():
+    found = choose_learning_rates(list(scored({0.1: 0.1, 0.03: 0.5, 0.01: 0.4}, "flexible")), "flexible")["rl"]["13"]
+    assert (found["learning_rate"], found["score"]) == (0.03, 0.5)
 
 
 def test_without_a_sweep_the_rates_are_those_of_the_yaml(tmp_path):

@@ -102,8 +102,8 @@ def test_own_samples_are_right_answers_of_the_untrained_model_one_a_problem(done
     gold = {row["question"]: row["answer"].rpartition("####")[2].strip() for row in given}
     assert 0 < len(rows) == len({row["question"] for row in rows}) == records["samples-8-seed1"]["examples"]
     for row in rows:
-        assert row["answer"].rpartition("####")[2].strip() == gold[row["question"]]
-    assert {row["answer"] for row in rows}.isdisjoint(row["answer"] for row in given)
+        assert row["demonstration"].rpartition("####")[2].strip() == gold[row["question"]]
+    assert {row["demonstration"] for row in rows}.isdisjoint(row["answer"] for row in given)
     trained = records["final-sft-own-13-seed1"]
     assert trained["metrics"]["n_problems"] == 3, "evaluated on the test problems"
     assert trained["config"]["dataset_name"] == "samples-8-seed1", "no path of the machine"

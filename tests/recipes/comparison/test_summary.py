@@ -1,9 +1,13 @@
 """A comparison's numbers, against NumPy."""
 
+import copy
+
 import numpy as np
 import pytest
-from comparison.summary import CURVE_POINTS, family
-from made_up_records import SAMPLES, answers, cell_of
+from comparison import conclusions, readme, report
+from comparison.summary import CURVE_POINTS, family, summarize
+from comparison.tables import percent
+from made_up_records import RATES, SAMPLES, answers, cell_of, pair_of, summarized
 
 
 pytestmark = pytest.mark.usefixtures("few_resamples_and_small_figures")
@@ -70,3 +74,44 @@ def test_a_curve_is_the_mean_and_range_over_seeds_of_stretches_of_steps(made, su
     assert drawn["reward"]["mean"][0] == pytest.approx(first.mean(), rel=1e-4)
     assert drawn["entropy"]["mean"][0] == pytest.approx(np.mean([curve["reward"][1] for curve in logged]), rel=1e-4)
     assert [drawn["reward"][side][0] for side in ("low", "high")] == pytest.approx([first.min(), first.max()], rel=1e-4)
+
+
+def as_flexible(made):
+    """The records as RL with the flexible reward would have left them; a reward is a list now."""
+    made = copy.deepcopy(made)
+    for record in made:
+        if record["algorithm"] == "rl":
+            reward = record["config"].get("reward", "flexible")
+            record["config"]["reward"] = [reward]
+    return made
+
+
+def test_rewards_are_lists_or_names_and_pay_an_arm_where_they_are_the_gradings(made):
+    flexible = as_flexible(made)
+    found = summarize(flexible, RATES, [], {}, 60.0, "flexible")
+    roles = {cell["arm"]: cell["role"] for cell in found["cells"]}
+    assert roles["rl"] == roles["sft"] == "arm" and roles["rl-format"] == roles["rl-random"] == "control"
+    strict = summarized(flexible)
+    assert {cell["arm"]: cell["role"] for cell in strict["cells"]}["rl"] == "control"
+    for record in flexible:
+        if record["arm"] == "rl":
+            record["config"]["reward"] = ["strict"]
+    assert {cell["arm"]: cell["role"] for cell in summarized(flexible)["cells"]}["rl"] == "arm"
+
+
+def test_a_flexible_comparison_is_about_flexible_answers(made):
+    found = summarize(as_flexible(made), RATES, [], {}, 60.0, "flexible")
+    pair = pair_of(found, "sft", "13")["greedy"]
+    assert "by_seed" in pair["flexible"] and "by_seed" not in pair["strict"]
+    cell = cell_of(found, "rl", "13")
+    table = report.table(found).splitlines()
+    assert table[0] == "| trained | values | arm or control | right | sampled | gain | in the asked-for form |"
+    greedy = cell["accuracy"]["greedy"]
+    assert percent(greedy["flexible"]) in table[8] and table[8].endswith(f"| {percent(greedy['strict'])} |")
+    text = report.text(found)
+    assert "right more often" not in text and "Flexible grading." in text
+    assert "greedy and sampled flexible accuracy" in text and "each seed's greedy flexible answers" in text
+    gained = conclusions.points(cell["gains"]["greedy"]["flexible"]["difference"])
+    assert f"RL: a gain of {gained.removeprefix('+')} points" in text
+    content = readme.recipe_content(found | {"missing": ["final-rl-1-seed1"]})
+    assert content.startswith("**Running: not complete.** 1 of its runs") and report.table(found) in content

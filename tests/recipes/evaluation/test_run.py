@@ -69,7 +69,7 @@ def test_another_seed_draws_other_samples_and_the_same_greedy_ones(base, rows, w
     assert len({tuple(texts[0][7:][start : start + 3]) for start in range(0, 21, 3)}) > 1
 
 
-def test_the_system_prompt_reaches_the_model(base, rows, tmp_path):
+def test_the_system_prompt_and_the_instruction_reach_the_model(base, rows, tmp_path):
     prompts = []
 
     class Recorder(TransformersGenerator):
@@ -77,9 +77,12 @@ def test_the_system_prompt_reaches_the_model(base, rows, tmp_path):
             prompts.extend(batch)
             return super().generate(batch, samples, is_sampled, seed)
 
-    arguments = GenerationArguments(**SHORT | {"samples": 0}, system_prompt="End with four hashes.")
+    arguments = GenerationArguments(
+        **SHORT | {"samples": 0}, system_prompt="End with four hashes.", instruction="Be brief."
+    )
     run.complete(Recorder(*base, arguments), base[1], rows[:2], arguments)
     assert len(prompts) == 2 and all("system\nEnd with four hashes." in prompt for prompt in prompts)
+    assert all(" Be brief.<|im_end|>" in prompt and "step by step" not in prompt for prompt in prompts)
 
 
 @pytest.mark.parametrize("batches", [0, 2, 4])

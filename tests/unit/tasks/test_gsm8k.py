@@ -254,3 +254,23 @@ def test_a_system_prompt_stands_before_the_question_in_both_arms():
     assert [turn["role"] for turn in rl[0]["prompt"]] == ["system", "user"]
     assert rl[0]["prompt"][0]["content"] == "Be brief."
     assert rl[0]["prompt"][1:] == gsm8k.build_prompt(rows[0]["question"])
+
+
+def test_an_instruction_takes_the_place_of_the_tasks_own_and_an_empty_one_leaves_the_question_alone():
+    rows = gsm8k.load_rows(str(SAMPLE), split="train", limit=2)
+    rl, sft = gsm8k.for_rl(rows, None, "Be brief."), gsm8k.for_sft(rows, None, "Be brief.")
+    assert rl["prompt"][:] == sft["prompt"][:]
+    assert rl[0]["prompt"] == [{"role": "user", "content": f"{rows[0]['question']} Be brief."}]
+    assert gsm8k.build_prompt("How many?", instruction="") == [{"role": "user", "content": "How many?"}]
+
+
+def test_sft_learns_a_rows_demonstration_and_rl_is_paid_for_its_answer(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    row = {"question": "2 + 2?", "answer": "<<2+2=4>>4\n#### 4", "demonstration": "It is 4."}
+    path.write_text(json.dumps(row) + "\n")
+    rows = gsm8k.load_rows(str(path), "train")
+    assert gsm8k.for_sft(rows)[0]["completion"] == [{"role": "assistant", "content": "It is 4."}]
+    assert gsm8k.for_rl(rows)[0]["answer"] == "4"
+    path.write_text(json.dumps(row) + "\n" + json.dumps({key: row[key] for key in ("question", "answer")}) + "\n")
+    rows = gsm8k.load_rows(str(path), "train")
+    assert gsm8k.for_sft(rows)[0]["completion"][0]["content"] == row["answer"], "not every row has one"

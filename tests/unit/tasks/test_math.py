@@ -367,3 +367,14 @@ def test_the_random_reward_is_a_fair_coin_that_the_seed_fixes():
 def test_the_tasks_need_nothing_of_the_rest_of_the_package():
     for path in Path(math.__file__).parent.glob("*.py"):
         assert not re.search(r"from \.\.|import trl_tinylora|from trl_tinylora", path.read_text(encoding="utf-8")), path
+
+
+def test_an_instruction_takes_the_place_of_the_tasks_own_and_an_empty_one_leaves_the_question_alone():
+    assert math.build_prompt("?", instruction="Be brief.")[1]["content"] == "?\nBe brief."
+    assert math.build_prompt("1 + 1?", instruction="")[1]["content"] == "1 + 1?"
+
+
+def test_sft_learns_a_rows_demonstration_as_it_is(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"problem": "2 + 2?", "answer": "4", "demonstration": "It is 4."}) + "\n")
+    assert math.for_sft(math.load_rows(str(path), "train"))[0]["completion"][0]["content"] == "It is 4."
