@@ -16,7 +16,7 @@ from .gradient import AddUpdate, MixedHidden
 from .merging import merged_weight, refuse_not_finite, restore, set_aside
 from .mixed_batch import mixed_of_rows
 from .plan import Plan
-from .targets import is_quantised, weight_of
+from .targets import is_quantised, shape_of, weight_of
 from .values import Vectors
 
 
@@ -37,6 +37,9 @@ class Linear(nn.Module, TinyLoraLayer):
         super().__init__()
         self.base_layer = base_layer
         self.name = name
+        # As those who build on an adapted layer read them off any linear layer.
+        shape = shape_of(base_layer)
+        self.in_features, self.out_features = shape if isinstance(base_layer, Conv1D) else shape[::-1]
         # A tuple, so that the bank does not become a child of every layer.
         self._bank = (bank,)
         # No buffers: DDP broadcasts those before every forward pass, megabytes beside the 52 bytes of a gradient.

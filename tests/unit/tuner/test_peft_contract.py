@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from trl_tinylora import TinyLoraConfig
@@ -113,3 +114,20 @@ def test_the_base_of_an_adapter_trained_on_a_merged_model_is_asked_for(tiny_qwen
     get_peft_model(lora.merge_and_unload(), TinyLoraConfig()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="another adapter had been merged into it, save the merged model"):
         PeftModel.from_pretrained(tiny_qwen2(), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
+def test_adapted_layers_have_the_sizes_of_linear_ones(tiny_model, kind):
+    targets = {"qwen2": ["up_proj"], "gpt2": ["c_fc"]}[kind]
+    model = get_peft_model(tiny_model(kind), TinyLoraConfig(target_modules=targets))
+    layer = next(module for name, module in model.named_modules() if name.endswith(targets[0]))
+    assert (layer.in_features, layer.out_features) == {"qwen2": (32, 48), "gpt2": (32, 128)}[kind]
+
+
+def test_every_attribute_of_every_adapter_layer_can_be_read(tiny_qwen2):
+    model = get_peft_model(tiny_qwen2(), TinyLoraConfig())
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    assert model.base_model.bank in layers
+    for layer in layers:
+        for name in dir(layer):
+            getattr(layer, name, None)
