@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..config import TinyLoraConfig
-from ..distributed import is_fsdp
+from ..distributed import is_fsdp, refuse_unit_of_its_own
 from ..storage.fingerprint import Measured
 from .mixed_batch import MixedBatch
 from .plan import Plan
@@ -173,13 +173,16 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
 
         Raises:
             RuntimeError: If the block gets no hidden states, or runs as a replica of `torch.nn.DataParallel`.
+            NotImplementedError: If torch's older FSDP has wrapped the values by themselves.
         """
         if self.disable_adapters or self.mixed_batch is not None:
             return args, kwargs
         refuse_data_parallel(module)
+        refuse_unit_of_its_own(self.trl_tinylora_v, None, ())
         for name in self.active_adapters:
             vectors = None if name in self.merged_adapters else self.vectors(name)
             if vectors is not None and vectors.plan.first_block == block:
+                refuse_unit_of_its_own(self.trl_tinylora_v, vectors.values_GK, vectors.plan.shape)
                 if is_fsdp(module):
                     # FSDP2 keeps a gathered and a sharded tensor for the values, of which PEFT told one.
                     vectors.values_GK.requires_grad_(vectors.is_trained)

@@ -309,6 +309,8 @@ class TinyLoraModel(BaseTuner):
         vectors = _bank_of(model).vectors(adapter_name)
         values = f"{BANK}.trl_tinylora_v.{adapter_name}.lora_magnitude_vector"
         saved_GK = None
+        # PEFT looks for names that torch's older FSDP changes where it wraps modules between the model and the bank.
+        found |= {key: tensor for key, tensor in state_dict.items() if key.removeprefix(PREFIX) == values}
         for key in found:
             if key.removeprefix(PREFIX) == values:
                 found[key] = saved_GK = found[key].to(getattr(torch, config.save_dtype))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..config import TinyLoraConfig
-from ..distributed import gathered, is_sharded, whole
+from ..distributed import gathered, is_lent, is_sharded, whole
 from ..maths.decomposition import frozen_stream, mix, unmix
 from ..storage.checkpoint import VALUES
 from .gradient import GradientBuffer, GradientSink, without_autocast
@@ -86,7 +86,7 @@ class Vectors(nn.Module):
             RuntimeError: If the layer was reached without a pass through the first adapted block, or by a reentrant
                 checkpoint where the sink stands on R.
         """
-        if self._mixing_MRR is None or self._computed_from != self._state_of_values():
+        if self._mixing_MRR is None or self._computed_from not in ((), self._state_of_values()):
             raise RuntimeError(
                 "an adapted layer was called outside the model's forward pass: TinyLoRA computes every module's update "
                 "where the hidden states enter the first adapted block. Call the whole model."
@@ -146,7 +146,7 @@ class Vectors(nn.Module):
     def _state_of_values(self) -> tuple:
         # Gathered anew for every use, sharded values lie elsewhere each time, and in the layers they are not whole.
         values_GK = self.values_GK
-        return () if is_sharded(values_GK) else (values_GK.data_ptr(), values_GK._version)
+        return () if is_sharded(values_GK) or is_lent(values_GK) else (values_GK.data_ptr(), values_GK._version)
 
     def _apply(self, fn, recurse=True):
         self._mixing_MRR = None
