@@ -1,7 +1,7 @@
 """All that this package knows of DeepSpeed and FSDP: tensors of which a process holds only its share.
 
-Under ZeRO-3 a parameter is empty (shape `(0,)`) until it is gathered; under FSDP2 it is a `DTensor`; under torch's older
-FSDP it is flat and cut, and a view of the gathered whole stands in its place during a pass. Every function
+Under ZeRO-3 a parameter is empty (shape `(0,)`) until it is gathered; under FSDP2 it is a `DTensor`; under torch's
+older FSDP it is flat and cut, and a view of the gathered whole stands in its place during a pass. Every function
 here is the identity on ordinary tensors, and imports neither DeepSpeed nor anything of FSDP unless it meets one of
 theirs. Gathering is a collective operation: all processes have to get there.
 """

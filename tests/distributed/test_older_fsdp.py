@@ -43,9 +43,7 @@ def adapted(use_reentrant=None):
 
 def sharded(model, classes):
     policy = None if classes is None else ModuleWrapPolicy(classes)
-    return FullyShardedDataParallel(
-        model, use_orig_params=True, device_id=torch.device("cpu"), auto_wrap_policy=policy
-    )
+    return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"), auto_wrap_policy=policy)
 
 
 def trained(model):

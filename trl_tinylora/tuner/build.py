@@ -10,6 +10,7 @@ from functools import partial
 from typing import Optional
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 from tqdm import tqdm
 
@@ -125,18 +126,20 @@ def recover_factors(
 def _whole_weight(name: str, module: nn.Module) -> Iterator[torch.Tensor]:
     """A module's weight without adapters, gathered where it is sharded: one at a time is small beside the model."""
     linear = unwrap(module)
-    if linear.weight.is_meta:
-        raise ValueError(
-            f"the weight of {name} is on the meta device: it has no values yet. Load the model's weights first "
-            "(`from_pretrained` without `device_map='meta'` or `init_empty_weights`; under FSDP with "
-            "`fsdp_cpu_ram_efficient_loading: false`, for otherwise only the first process has them)."
-        )
-    try:
-        with gathered([linear.weight]):
-            weight = module.unmerged_weight() if isinstance(module, Linear) else weight_of(linear)
-            yield as_OI(linear, whole(weight))
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+    # What accelerate has put on the disk or into host memory is read, and dropped again.
+    with align_module_device(linear):
+        if linear.weight.is_meta:
+            raise ValueError(
+                f"the weight of {name} is on the meta device: it has no values yet. Load the model's weights first "
+                "(`from_pretrained` without `device_map='meta'` or `init_empty_weights`; under FSDP with "
+                "`fsdp_cpu_ram_efficient_loading: false`, for otherwise only the first process has them)."
+            )
+        try:
+            with gathered([linear.weight]):
+                weight = module.unmerged_weight() if isinstance(module, Linear) else weight_of(linear)
+                yield as_OI(linear, whole(weight))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
 
 def first_block(model: nn.Module, names: list[str]) -> str:

@@ -32,6 +32,7 @@ from .mixed_batch import MixedBatch
 from .plan import Plan, refuse_too_large
 from .refusals import (
     BASE_ROW,
+    refuse_lost_weights,
     refuse_second_injection,
     refuse_unfit,
     refuse_wrong_rows,
@@ -123,6 +124,7 @@ class TinyLoraModel(BaseTuner):
     def _new_plan(self, model: nn.Module, bank: Optional[TinyLoraBank], adapter_name: str) -> tuple[Plan, dict]:
         """The plan that an adapter follows and the factors of its modules, once all that can be refused is accepted."""
         config = self.peft_config[adapter_name]
+        refuse_lost_weights(model)
         names = resolve_target_modules(model, config)
         refuse_too_large(config, len(names))
         shape = count_groups(names, config.n_tie, config.tying), config.u

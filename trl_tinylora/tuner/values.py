@@ -93,8 +93,8 @@ class Vectors(nn.Module):
             )
         if self._mixing_MRR.requires_grad and not torch.is_grad_enabled():
             raise RuntimeError(
-                "an adapted layer was called without gradients in a training pass of a model that has no list of blocks "
-                "and no floating-point input: reentrant checkpointing would give the values a gradient for each "
+                "an adapted layer was called without gradients in a training pass of a model that has no list of "
+                "blocks and no floating-point input: reentrant checkpointing would give the values a gradient for each "
                 "checkpoint. Pass `use_reentrant=False`, or call the layer outside `torch.no_grad()`."
             )
         return self._mixing_MRR[index]

@@ -131,3 +131,28 @@ def test_every_attribute_of_every_adapter_layer_can_be_read(tiny_qwen2):
     for layer in layers:
         for name in dir(layer):
             getattr(layer, name, None)
+
+
+def test_an_adapter_is_loaded_beside_another_on_another_base(tiny_qwen2, tmp_path, token_ids):
+    trained = get_peft_model(tiny_qwen2(), TinyLoraConfig())
+    saved = torch.linspace(-0.1, 0.1, 14).view(14, 1)
+    values_of(trained).data.copy_(saved)
+    trained.save_pretrained(tmp_path)
+    torch.manual_seed(7)
+    base = tiny_qwen2()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    model = get_peft_model(base, TinyLoraConfig()).eval()
+    with pytest.raises(ValueError, match="this is not the base model.*other_base=True"):
+        model.load_adapter(tmp_path, "refused")
+
+    # PEFT's `load_adapter` passes nothing but the Hub's arguments on to a configuration.
+    with pytest.warns(UserWarning, match="'other' is used on another base than its own"):
+        model.add_adapter("other", TinyLoraConfig.from_pretrained(tmp_path, other_base=True))
+    model.load_adapter(tmp_path, "other")
+
+    assert torch.equal(values_of(model, "other"), saved)
+    before = logits_of(model, token_ids)
+    model.set_adapter("other")
+    assert (logits_of(model, token_ids) - before).abs().max() > 1e-4
