@@ -1,6 +1,7 @@
-"""All that this package knows of DeepSpeed and FSDP2: tensors of which a process holds only its share.
+"""All that this package knows of DeepSpeed and FSDP: tensors of which a process holds only its share.
 
-Under ZeRO-3 a parameter is empty (shape `(0,)`) until it is gathered; under FSDP2 it is a `DTensor`. Every function
+Under ZeRO-3 a parameter is empty (shape `(0,)`) until it is gathered; under FSDP2 it is a `DTensor`; under torch's
+older FSDP it is flat and cut, and a view of the gathered whole stands in its place during a pass. Every function
 here is the identity on ordinary tensors, and imports neither DeepSpeed nor anything of FSDP unless it meets one of
 theirs. Gathering is a collective operation: all processes have to get there.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Optional
 
 import torch
 import torch.distributed as dist
@@ -36,6 +38,35 @@ def is_fsdp(module: nn.Module) -> bool:
     """Returns whether FSDP2 gathers and releases this module's parameters."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def is_lent(parameter: torch.Tensor) -> bool:
+    """Returns whether torch's older FSDP has put a view into a parameter's place, which lives for one pass."""
+    return parameter.requires_grad and not parameter.is_leaf
+
+
+def refuse_unit_of_its_own(holder: nn.Module, values: Optional[torch.Tensor], shape: tuple[int, ...]) -> None:
+    """
+    Raises where torch's older FSDP has wrapped the values by themselves.
+
+    Args:
+        holder (`torch.nn.Module`): What holds the values of all adapters.
+        values (`torch.Tensor` or `None`): Those of one adapter, in a forward pass of the model.
+        shape (`tuple[int, ...]`): What they have to have when they are gathered.
+
+    Raises:
+        NotImplementedError: If they are not gathered where the model is called.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return
+    is_flat = values is not None and not is_sharded(values) and tuple(values.shape) != tuple(shape)
+    if is_flat or isinstance(holder, fsdp.FullyShardedDataParallel):
+        raise NotImplementedError(
+            "the trained values are wrapped by themselves in `FullyShardedDataParallel`, which gathers them in a "
+            "forward pass of theirs only, and they have none. Wrap the model and its blocks alone (an "
+            "`auto_wrap_policy` of the block's class), or use FSDP2 (recipes/accelerate/fsdp2.yaml)."
+        )
 
 
 def refuse_tensor_parallel(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..config import TinyLoraConfig
-from ..distributed import is_fsdp
+from ..distributed import is_fsdp, refuse_unit_of_its_own
 from ..storage.fingerprint import Measured
 from .mixed_batch import MixedBatch
 from .plan import Plan
@@ -40,6 +40,8 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
     """
 
     adapter_layer_names = ("trl_tinylora_v",)
+    # No linear layer, though those who go through a model's adapter layers ask each of them for its sizes.
+    in_features = out_features = None
 
     def __init__(self):
         super().__init__()
@@ -171,17 +173,20 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
 
         Raises:
             RuntimeError: If the block gets no hidden states, or runs as a replica of `torch.nn.DataParallel`.
+            NotImplementedError: If torch's older FSDP has wrapped the values by themselves.
         """
         if self.disable_adapters or self.mixed_batch is not None:
             return args, kwargs
         refuse_data_parallel(module)
+        refuse_unit_of_its_own(self.trl_tinylora_v, None, ())
         for name in self.active_adapters:
             vectors = None if name in self.merged_adapters else self.vectors(name)
             if vectors is not None and vectors.plan.first_block == block:
+                refuse_unit_of_its_own(self.trl_tinylora_v, vectors.values_GK, vectors.plan.shape)
                 if is_fsdp(module):
                     # FSDP2 keeps a gathered and a sharded tensor for the values, of which PEFT told one.
                     vectors.values_GK.requires_grad_(vectors.is_trained)
-                args, kwargs = _replace_hidden(module, args, kwargs, vectors)
+                args, kwargs = _replace_hidden(module, args, kwargs, vectors, is_model=not block)
         return args, kwargs
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
@@ -210,18 +215,30 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
         """The bank adapts no weight of its own; PEFT asks every adapter layer for one."""
         return None
 
+    @property
+    def bias(self) -> None:
+        """None, as [`weight`] is."""
+        return None
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # The values stay where they were made, in float32.
         if device is not None and adapter_name in self.trl_tinylora_v:
             self.trl_tinylora_v[adapter_name].to(device)
 
 
-def _replace_hidden(module: nn.Module, args: tuple, kwargs: dict, vectors: Vectors) -> tuple[tuple, dict]:
+def _replace_hidden(
+    module: nn.Module, args: tuple, kwargs: dict, vectors: Vectors, is_model: bool
+) -> tuple[tuple, dict]:
     for position, value in enumerate(args):
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             return (*args[:position], vectors.begin_pass(value), *args[position + 1 :]), kwargs
     floating = [key for key, value in kwargs.items() if isinstance(value, torch.Tensor) and value.is_floating_point()]
     usual = [key for key in ("hidden_states", "inputs_embeds", "x", "input") if key in floating]
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+    if is_model and not usual and any(tensor.dtype in (torch.int32, torch.int64) for tensor in tensors):
+        # Tokens, to which no gradient flows; what floats beside them may be a mask.
+        vectors.begin_pass(None)
+        return args, kwargs
     for key in usual[:1] or (floating if len(floating) == 1 else []):
         return args, {**kwargs, key: vectors.begin_pass(kwargs[key])}
     raise RuntimeError(

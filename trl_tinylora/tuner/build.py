@@ -10,6 +10,7 @@ from functools import partial
 from typing import Optional
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 from tqdm import tqdm
 
@@ -140,25 +141,26 @@ def recover_factors(
 def _whole_weights(place: Holder, module: nn.Module) -> Iterator[Iterator[tuple[str, torch.Tensor]]]:
     """The matrices in a parameter without adapters, with their names; gathered where the parameter is sharded: one at a
     time is small beside the model."""
-    layer = unwrap(module)
-    parameter = getattr(layer, place.parameter)
-    name = place.names[0]
-    if parameter.is_meta:
-        raise ValueError(
-            f"the weight of {name} is on the meta device: it has no values yet. Load the model's weights first "
-            "(`from_pretrained` without `device_map='meta'` or `init_empty_weights`; under FSDP with "
-            "`fsdp_cpu_ram_efficient_loading: false`, for otherwise only the first process has them)."
-        )
-    try:
-        with gathered([parameter]):
-            if isinstance(module, AdaptedLayer):
-                weight = module.unmerged_weight(place.parameter)
-            else:
-                weight = weight_of(layer) if place.parameter == "weight" else parameter.data
-            names = place.names if weight.ndim == 2 else expert_names(place.module, layer)[place.parameter]
-            yield zip(names, matrices(layer, place.parameter, whole(weight)), strict=True)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+    layer, name = unwrap(module), place.names[0]
+    # What accelerate has put on the disk or into host memory is read, and dropped again.
+    with align_module_device(layer):
+        parameter = getattr(layer, place.parameter)
+        if parameter.is_meta:
+            raise ValueError(
+                f"the weight of {name} is on the meta device: it has no values yet. Load the model's weights first "
+                "(`from_pretrained` without `device_map='meta'` or `init_empty_weights`; under FSDP with "
+                "`fsdp_cpu_ram_efficient_loading: false`, for otherwise only the first process has them)."
+            )
+        try:
+            with gathered([parameter]):
+                if isinstance(module, AdaptedLayer):
+                    weight = module.unmerged_weight(place.parameter)
+                else:
+                    weight = weight_of(layer) if place.parameter == "weight" else parameter.data
+                names = place.names if weight.ndim == 2 else expert_names(place.module, layer)[place.parameter]
+                yield zip(names, matrices(layer, place.parameter, whole(weight)), strict=True)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
 
 def first_block(model: nn.Module, names: list[str]) -> str:

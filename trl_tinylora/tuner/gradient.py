@@ -131,7 +131,8 @@ def without_autocast(like: torch.Tensor) -> AbstractContextManager:
     """Returns a context in which products run in the dtype of what they are given."""
     # Entering autocast costs as much as one of the small products, also to turn off what is off.
     kind = like.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    is_on = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if is_on else nullcontext()
 
 
 def columns(hidden: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from .bank import TinyLoraBank
 from .gradient import AddUpdate, MixedHidden
 from .mixed_batch import mixed_of_rows
 from .plan import Plan
-from .targets import weight_of
+from .targets import shape_of, weight_of
 
 
 class Linear(AdaptedLayer):
@@ -31,6 +31,9 @@ class Linear(AdaptedLayer):
     def __init__(self, base_layer: nn.Module, name: str, bank: TinyLoraBank):
         super().__init__(base_layer, {"weight": (name,)}, bank)
         self.name = name
+        # As those who build on an adapted layer read them off any linear layer.
+        shape = shape_of(base_layer)
+        self.in_features, self.out_features = shape if isinstance(base_layer, Conv1D) else shape[::-1]
 
     def factors(self, key: Hashable, name: Optional[str] = None) -> Optional[tuple[torch.Tensor, torch.Tensor]]:
         """Returns U S and V^T, or None where no adapter with these factors was added."""

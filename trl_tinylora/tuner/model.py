@@ -34,6 +34,7 @@ from .mixed_batch import MixedBatch
 from .plan import Plan, refuse_too_large
 from .refusals import (
     BASE_ROW,
+    refuse_lost_weights,
     refuse_second_injection,
     refuse_unfit,
     refuse_wrong_rows,
@@ -126,6 +127,7 @@ class TinyLoraModel(BaseTuner):
     def _new_plan(self, model: nn.Module, bank: Optional[TinyLoraBank], adapter_name: str) -> tuple[Plan, dict]:
         """The plan that an adapter follows and the factors of its modules, once all that can be refused is accepted."""
         config = self.peft_config[adapter_name]
+        refuse_lost_weights(model)
         names = resolve_target_modules(model, config)
         refuse_too_large(config, len(names))
         shape = count_groups(names, config.n_tie, config.tying), config.u
@@ -326,6 +328,8 @@ class TinyLoraModel(BaseTuner):
         vectors = _bank_of(model).vectors(adapter_name)
         values = f"{BANK}.trl_tinylora_v.{adapter_name}.lora_magnitude_vector"
         saved_GK = None
+        # PEFT looks for names that torch's older FSDP changes where it wraps modules between the model and the bank.
+        found |= {key: tensor for key, tensor in state_dict.items() if key.removeprefix(PREFIX) == values}
         for key in found:
             if key.removeprefix(PREFIX) == values:
                 found[key] = saved_GK = found[key].to(getattr(torch, config.save_dtype))

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Optional
 
+from accelerate.utils import has_offloaded_params
 from torch import nn
 
 from ..config import TinyLoraConfig
@@ -41,6 +42,25 @@ def refuse_second_injection(model: nn.Module, bank: Optional[TinyLoraBank], adap
             f"this model carries a TinyLoRA adapter already, and {adapter_name!r} would take its place without "
             "values to train. For a second one call `model.add_adapter(name, config)` on the `PeftModel`; to "
             "start anew, `model.unload()` first."
+        )
+
+
+def refuse_lost_weights(model: nn.Module) -> None:
+    """
+    Raises where weights lie on the disk and nothing can read them any more.
+
+    Raises:
+        NotImplementedError: If a `device_map` has put weights there and accelerate's hooks are gone.
+    """
+    device_map = getattr(model, "hf_device_map", None) or {}
+    if "disk" in device_map.values() and not any(map(has_offloaded_params, model.modules())):
+        offloaded = [name for name, place in device_map.items() if place == "disk"]
+        raise NotImplementedError(
+            f"accelerate has offloaded {', '.join(offloaded[:3])}{', ...' if len(offloaded) > 3 else ''} to the disk, "
+            "and its hooks, which read the weights, are gone: `PeftModel.from_pretrained` takes them off before the "
+            "adapter is made. Load the adapter with transformers' own `model.load_adapter(folder)`, or make it with "
+            "`get_peft_model(model, TinyLoraConfig.from_pretrained(folder))` and load the values with "
+            "`set_peft_model_state_dict(model, load_peft_weights(folder))`; or load the model without disk offload."
         )
 
 
@@ -100,7 +120,7 @@ def refuse_unfit(
                 "from the same dtype if it was; where another adapter had been merged into it, save the merged model "
                 "and name that. To take the trained update to this model as it is, write it as a LoRA on its own base "
                 "(`export_lora`). To use the values on this model's own singular vectors, pass `other_base=True` to "
-                "`PeftModel.from_pretrained`."
+                "`PeftModel.from_pretrained`, or to the `TinyLoraConfig.from_pretrained` of a further adapter."
             ) from error
         if config.base_fingerprint.get("stored") and not config.singular_bases:
             raise NotImplementedError(

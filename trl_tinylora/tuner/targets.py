@@ -305,6 +305,12 @@ def _refuse_unknown(name: str, linear: nn.Module, asked_for: Union[str, Collecti
         else "Name linear layers only, put it into `exclude_modules`, or load the model unquantised or in one of the "
         "quantisations that docs/bases.md lists."
     )
+    if isinstance(linear, nn.Embedding):
+        # Its backward pass comes after that of the gradient sink: docs/architecture.md.
+        way_out = (
+            "To train embeddings beside the values, name tokens in `trainable_token_indices`, or the whole module in "
+            "`modules_to_save`; in `target_modules` name linear layers only."
+        )
     if is_compressed or type(linear).forward not in {known.forward for known in KNOWN_LAYERS}:
         raise ValueError(
             f"target_modules={asked_for!r} matches {name}, a {place}; TinyLoRA "

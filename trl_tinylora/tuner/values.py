@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..config import TinyLoraConfig
-from ..distributed import gathered, is_sharded, whole
+from ..distributed import gathered, is_lent, is_sharded, whole
 from ..maths.decomposition import frozen_stream, mix, unmix
 from ..storage.checkpoint import VALUES
 from .gradient import GradientBuffer, GradientSink, without_autocast
@@ -83,17 +83,28 @@ class Vectors(nn.Module):
         """Returns R of one module, or of several, as of the forward pass under way.
 
         Raises:
-            RuntimeError: If the layer was reached without a pass through the first adapted block.
+            RuntimeError: If the layer was reached without a pass through the first adapted block, or by a reentrant
+                checkpoint where the sink stands on R.
         """
-        if self._mixing_MRR is None or self._computed_from != self._state_of_values():
+        if self._mixing_MRR is None or self._computed_from not in ((), self._state_of_values()):
             raise RuntimeError(
                 "an adapted layer was called outside the model's forward pass: TinyLoRA computes every module's update "
                 "where the hidden states enter the first adapted block. Call the whole model."
             )
+        if self._mixing_MRR.requires_grad and not torch.is_grad_enabled():
+            raise RuntimeError(
+                "an adapted layer was called without gradients in a training pass of a model that has no list of "
+                "blocks and no floating-point input: reentrant checkpointing would give the values a gradient for each "
+                "checkpoint. Pass `use_reentrant=False`, or call the layer outside `torch.no_grad()`."
+            )
         return self._mixing_MRR[index]
 
-    def begin_pass(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Computes every module's R, without a graph, and puts the gradient sink on the hidden states."""
+    def begin_pass(self, hidden: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+        """Computes every module's R, without a graph, and puts the gradient sink on the hidden states.
+
+        Where there are none it stands on R: autograd waits for all modules that take it, but under reentrant
+        checkpointing it would run once for each checkpoint.
+        """
         with torch.no_grad(), without_autocast(self.values_GK):
             self._mixing_MRR = self._mix(self.values_GK, slice(None))
         self._computed_from = self._state_of_values()
@@ -102,6 +113,9 @@ class Vectors(nn.Module):
             self.buffer.take()
         if not (torch.is_grad_enabled() and self.values_GK.requires_grad):
             return hidden
+        if hidden is None:
+            self._mixing_MRR = GradientSink.apply(self._mixing_MRR, self.values_GK, self.collect)
+            return None
         return GradientSink.apply(hidden, self.values_GK, self.collect)
 
     def gradient_hook(self, index: Union[int, slice]) -> Optional[partial]:
@@ -132,7 +146,7 @@ class Vectors(nn.Module):
     def _state_of_values(self) -> tuple:
         # Gathered anew for every use, sharded values lie elsewhere each time, and in the layers they are not whole.
         values_GK = self.values_GK
-        return () if is_sharded(values_GK) else (values_GK.data_ptr(), values_GK._version)
+        return () if is_sharded(values_GK) or is_lent(values_GK) else (values_GK.data_ptr(), values_GK._version)
 
     def _apply(self, fn, recurse=True):
         self._mixing_MRR = None

@@ -154,6 +154,15 @@ def test_a_base_layer_that_is_not_known_is_refused_by_name(tiny_qwen2, make, mes
     adapted(base, target_modules=["q_proj", "o_proj"], exclude_modules=["layers.1.self_attn.o_proj"])
 
 
+@pytest.mark.bad_input("a base layer")
+def test_an_embedding_is_refused_with_what_trains_it(tiny_qwen2):
+    base = tiny_qwen2()
+    with pytest.raises(ValueError, match="embed_tokens, a .*Embedding.*`trainable_token_indices`.*`modules_to_save`"):
+        adapted(base, target_modules=["embed_tokens", "q_proj"])
+    assert not any(isinstance(module, TinyLoraLayer) for module in base.modules())
+    adapted(base, target_modules=["q_proj"], trainable_token_indices=[3, 4])
+
+
 def as_int8(linear):
     linear.weight = nn.Parameter(torch.ones(linear.weight.shape, dtype=torch.int8), requires_grad=False)
     return linear

@@ -451,3 +451,56 @@ def test_checkpoints_around_whole_blocks_are_right_as_well(reentrant_backwards, 
     assert_exact(model, plain, lambda called: called(x=inputs).square().sum())
     assert firings["fired"] == 1
     assert len(reentrant_backwards) == (2 if use_reentrant else 0)
+
+
+class OfTokens(nn.Module):
+    """No list of blocks and no floating-point input; two branches, of which neither lies behind the other."""
+
+    def __init__(self, use_reentrant=None):
+        super().__init__()
+        self.use_reentrant = use_reentrant
+        self.embedding = nn.Embedding(9, 6)
+        self.left, self.right, self.head = nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(4, 3)
+
+    def forward(self, ids, mask=None):
+        hidden = self.embedding(ids)
+        if mask is not None:
+            hidden = hidden * mask.unsqueeze(-1)
+        right = self.right(hidden)
+        if self.use_reentrant is None:
+            left = self.left(hidden)
+        else:
+            left = checkpoint(self.left, hidden.detach().requires_grad_(), use_reentrant=self.use_reentrant)
+        return self.head(torch.tanh(left) * torch.tanh(right))
+
+
+def of_tokens(use_reentrant=None):
+    torch.manual_seed(0)
+    base, plain = OfTokens(use_reentrant).double(), OfTokens().double()
+    plain.load_state_dict(base.state_dict())
+    fields = {"target_modules": ["left", "right", "head"], "n_tie": "all", "u": 2}
+    model = get_peft_model(base, TinyLoraConfig(**fields)).double()
+    set_values(model)
+    return model, plain
+
+
+@pytest.mark.parametrize("use_reentrant", [None, False])
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_a_model_of_tokens_without_blocks_gives_the_gradient_once(use_reentrant, is_masked):
+    model, plain = of_tokens(use_reentrant)
+    ids = torch.arange(6).view(2, 3)
+    mask = torch.rand(2, 3, dtype=torch.float64) if is_masked else None
+    firings = count_firings(values_of(model))
+
+    model(ids=ids, mask=mask).square().sum().backward()
+
+    assert_exact(model, plain, lambda called: called(ids=ids, mask=mask).square().sum())
+    assert firings["fired"] == 1
+
+
+def test_a_reentrant_checkpoint_in_a_model_of_tokens_without_blocks_is_an_error():
+    model, _ = of_tokens(use_reentrant=True)
+    with pytest.raises(RuntimeError, match="no floating-point input.*`use_reentrant=False`"):
+        model(ids=torch.arange(6).view(2, 3))
+    with torch.no_grad():
+        assert model(ids=torch.arange(6).view(2, 3)).isfinite().all()

@@ -901,7 +901,15 @@ def test_a_block_without_hidden_states_is_an_error():
         def forward(self, tokens):
             return self.linear(nn.functional.one_hot(tokens, 4).float())
 
-    model = get_peft_model(Block(), TinyLoraConfig(target_modules=["linear"]))
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([Block()])
+
+        def forward(self, tokens):
+            return self.blocks[0](tokens)
+
+    model = get_peft_model(Model(), TinyLoraConfig(target_modules=["linear"]))
 
     with pytest.raises(
         RuntimeError, match=r"Block was called without hidden states.*got 1 positional arguments and \[\]"

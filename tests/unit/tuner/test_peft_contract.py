@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from trl_tinylora import TinyLoraConfig
@@ -113,3 +114,45 @@ def test_the_base_of_an_adapter_trained_on_a_merged_model_is_asked_for(tiny_qwen
     get_peft_model(lora.merge_and_unload(), TinyLoraConfig()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="another adapter had been merged into it, save the merged model"):
         PeftModel.from_pretrained(tiny_qwen2(), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
+def test_adapted_layers_have_the_sizes_of_linear_ones(tiny_model, kind):
+    targets = {"qwen2": ["up_proj"], "gpt2": ["c_fc"]}[kind]
+    model = get_peft_model(tiny_model(kind), TinyLoraConfig(target_modules=targets))
+    layer = next(module for name, module in model.named_modules() if name.endswith(targets[0]))
+    assert (layer.in_features, layer.out_features) == {"qwen2": (32, 48), "gpt2": (32, 128)}[kind]
+
+
+def test_every_attribute_of_every_adapter_layer_can_be_read(tiny_qwen2):
+    model = get_peft_model(tiny_qwen2(), TinyLoraConfig())
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    assert model.base_model.bank in layers
+    for layer in layers:
+        for name in dir(layer):
+            getattr(layer, name, None)
+
+
+def test_an_adapter_is_loaded_beside_another_on_another_base(tiny_qwen2, tmp_path, token_ids):
+    trained = get_peft_model(tiny_qwen2(), TinyLoraConfig())
+    saved = torch.linspace(-0.1, 0.1, 14).view(14, 1)
+    values_of(trained).data.copy_(saved)
+    trained.save_pretrained(tmp_path)
+    torch.manual_seed(7)
+    base = tiny_qwen2()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    model = get_peft_model(base, TinyLoraConfig()).eval()
+    with pytest.raises(ValueError, match="this is not the base model.*other_base=True"):
+        model.load_adapter(tmp_path, "refused")
+
+    # PEFT's `load_adapter` passes nothing but the Hub's arguments on to a configuration.
+    with pytest.warns(UserWarning, match="'other' is used on another base than its own"):
+        model.add_adapter("other", TinyLoraConfig.from_pretrained(tmp_path, other_base=True))
+    model.load_adapter(tmp_path, "other")
+
+    assert torch.equal(values_of(model, "other"), saved)
+    before = logits_of(model, token_ids)
+    model.set_adapter("other")
+    assert (logits_of(model, token_ids) - before).abs().max() > 1e-4
