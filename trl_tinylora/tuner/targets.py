@@ -272,6 +272,8 @@ def _refuse_unmatched(model: nn.Module, config: TinyLoraConfig, names: list[str]
     unmatched = {}
     if not isinstance(config.target_modules, str):
         unmatched["target_modules"] = [wanted for wanted in config.target_modules if not is_in(wanted, everywhere)]
+    if isinstance(config.exclude_modules, (list, set, tuple)) and config.base_fingerprint is None:
+        unmatched["exclude_modules"] = [part for part in config.exclude_modules if not is_in(part, everywhere)]
     unmatched["modules_to_save"] = [wanted for wanted in config.modules_to_save or [] if not is_in(wanted, everywhere)]
     if isinstance(config.layers_to_transform, list):
         indexes = {int(part) for name in names for part in name.split(".") if part.isdigit()}

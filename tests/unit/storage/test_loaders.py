@@ -249,7 +249,11 @@ def test_a_damaged_file_is_named_by_its_path(saved, file, content, message):
         ({"checkpoint_format": "2"}, "`checkpoint_format` is '2'"),
         ({"r": "2"}, "`r` must be an integer, got '2'"),
         ({"n_tie": 2.0}, "`n_tie` must be an integer, got 2.0"),
+        ({"checkpoint_format": float(FORMAT)}, f"`checkpoint_format` is {FORMAT}.0"),
         ({"target_modules": None}, "`target_modules` must be"),
+        ({"inference_mode": "no"}, "`inference_mode` must be True or False, got 'no'"),
+        ({"revision": 7}, "`revision` must be a text or None, got 7"),
+        ({"auto_mapping": "x"}, "`auto_mapping` must be a dictionary or None"),
     ],
 )
 def test_a_field_of_the_wrong_type_is_refused_with_the_path(saved, base, fields, message):
@@ -260,6 +264,14 @@ def test_a_field_of_the_wrong_type_is_refused_with_the_path(saved, base, fields,
     # transformers reads the configuration by itself, and knows the path.
     with pytest.raises((TypeError, ValueError), match=message):
         LOADERS["AutoModel"](saved, base)
+
+
+@pytest.mark.bad_input("an adapter's configuration of wrong types")
+@pytest.mark.parametrize("kind", ["NOPE", None])
+def test_a_type_that_nobody_knows_is_refused_with_the_path(saved, kind):
+    edit(peft_type=kind)(saved)
+    with pytest.raises(ValueError, match="adapter_config.json: `peft_type` is .*, which PEFT does not know"):
+        TinyLoraConfig.from_pretrained(saved)
 
 
 def test_the_folder_says_the_number_of_its_format(saved):
@@ -350,6 +362,8 @@ def test_a_checkpoint_of_another_adapter_is_refused_and_both_are_named(saved, ba
     model = adapted(AutoModelForCausalLM.from_pretrained(base), **fields)
     with pytest.raises(ValueError, match=f"{message}.*would mean something else"):
         model.base_model.refuse_checkpoint(saved)
+    with pytest.raises(ValueError, match=r"Adapter nope not found, there are \['default'\]"):
+        model.base_model.refuse_checkpoint(saved, "nope")
 
 
 def test_a_checkpoint_of_the_same_adapter_is_taken(saved, base):
