@@ -227,6 +227,8 @@ def _inspect(options: argparse.Namespace) -> None:
     listed = {name: value for name, value in sorted(fields.items()) if value is not None and name not in NOT_LISTED}
     print(f"config: {', '.join(f'{name}={value!r}' for name, value in listed.items())}")
     for name, tensor in sorted(tensors.items()):
+        if not tensor.numel():
+            continue
         is_listed = tensor.is_floating_point() and tensor.numel() <= MOST_VALUES
         values = f", values {' '.join(f'{value:.6g}' for value in tensor.flatten().tolist())}" if is_listed else ""
         print(f"{name}: {str(tensor.dtype).removeprefix('torch.')}, shape {tuple(tensor.shape)}{values}")

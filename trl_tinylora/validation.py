@@ -8,7 +8,7 @@ import re
 from typing import TYPE_CHECKING
 
 from .maths.tying import TYINGS
-from .storage.checkpoint import FORMAT
+from .storage.checkpoint import FORMAT, FORMER_FORMAT
 from .storage.fingerprint import RESTORE, refuse_malformed
 
 
@@ -162,7 +162,7 @@ def refuse_wrong_written_fields(config: TinyLoraConfig | SimpleNamespace) -> Non
         ValueError: If the folder is of a later format, or a field is damaged.
     """
     is_number = type(config.checkpoint_format) is int
-    if config.checkpoint_format is not None and not (is_number and config.checkpoint_format == FORMAT):
+    if config.checkpoint_format is not None and not (is_number and config.checkpoint_format in (FORMER_FORMAT, FORMAT)):
         raise ValueError(
             f"`checkpoint_format` is {config.checkpoint_format!r}, and this version of trl_tinylora reads {FORMAT} and "
             "the folders before it. The adapter was saved by another version: install the newest one."

@@ -20,7 +20,9 @@ from ..storage.checkpoint import (
     VALUES,
     SavedAdapter,
     beside_of,
+    is_owner,
     own_tensors,
+    refuse_another_owner,
     refuse_unfit_shape,
 )
 from ..storage.fingerprint import fingerprint
@@ -324,25 +326,34 @@ class TinyLoraModel(BaseTuner):
         vectors = _bank_of(model).vectors(adapter_name)
         values = f"{BANK}.trl_tinylora_v.{adapter_name}.lora_magnitude_vector"
         saved_GK = None
-        for key in found:
+        plan = vectors.plan
+        for key in list(found):
             if key.removeprefix(PREFIX) == values:
                 found[key] = saved_GK = found[key].to(getattr(torch, config.save_dtype))
+                found[key.replace("lora_magnitude_vector", plan.owner)] = torch.empty(0)
         if saved_GK is not None:
             own_tensors({VALUES: saved_GK})
-        plan = vectors.plan
         settings = plan.settings | beside_of(config)
         config._saved = SavedAdapter(saved_GK, fingerprint(plan.probes), plan.singular_bases, settings)
         return found
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        own = own_tensors(state_dict)
-        refuse_unfit_shape(own[VALUES].shape, _bank_of(model).vectors(adapter_name).plan.shape)
+        own, vectors, saved = own_tensors(state_dict), _bank_of(model).vectors(adapter_name), config._saved
+        refuse_unfit_shape(own[VALUES].shape, vectors.plan.shape)
         if config.inference_mode:
             config.verify_values(own, "the checkpoint")
+        # What was read with the configuration was verified with it, and its fields may have been changed on purpose.
+        if saved is None or saved.folder is None or not torch.equal(saved.values_GK, own[VALUES].cpu()):
+            refuse_another_owner(state_dict, vectors.plan.owner)
+        vectors._buffers.clear()
         # A trainer loads checkpoints of its own into an adapter whose configuration was read from another folder.
         config.forget_expected()
-        state_dict = {name: tensor for name, tensor in state_dict.items() if name.removeprefix(PREFIX) not in own}
+        state_dict = {
+            name: tensor
+            for name, tensor in state_dict.items()
+            if name.removeprefix(PREFIX) not in own and not is_owner(name)
+        }
         # `save_pretrained(save_embedding_layers=True)` saves those.
         others = sorted(name for name in state_dict if not set(EMBEDDING_LAYER_NAMES) & set(name.split(".")))
         if others and not trains_more_than_values(config):
