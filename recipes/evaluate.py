@@ -24,10 +24,11 @@ from evaluation.completions import KINDS
 from evaluation.generation import Generator, TransformersGenerator, VllmGenerator, load_model
 from evaluation.metrics import GRADINGS, regrade, summarize, write_metrics
 from evaluation.run import complete
-from training.launch import run
+from training.launch import refuse_unfit_folder, run
 
-import trl_tinylora  # noqa: F401 - PEFT loads a TinyLoRA adapter only once the package has registered it
-from trl_tinylora.sources import refuse_unfit_adapter, refuse_unfit_base
+from trl_tinylora import TinyLoraConfig, TinyLoraPeftType
+from trl_tinylora.sources import ADAPTER_FILE, refuse_unfit_adapter, refuse_unfit_base
+from trl_tinylora.storage.checkpoint import read_fields
 from trl_tinylora.tasks import get_task
 from trl_tinylora.vllm.rollout import refuse_missing_vllm
 
@@ -50,9 +51,8 @@ def main(model_args: trl.ModelConfig, evaluation_args: EvaluationArguments) -> d
         ImportError: If vLLM is asked for and not installed.
     """
     args = evaluation_args
+    refuse_unfit_folder(args.output_dir)
     output_dir = Path(args.output_dir)
-    if output_dir.is_file():
-        raise FileExistsError(f"output_dir={args.output_dir!r} is a file: name a folder by --output_dir")
     if args.regrade:
         folders = [output_dir / name for name in args.benchmark or ()] or [output_dir]
         results = {folder.name: regrade(folder, args.task) for folder in folders}
@@ -70,6 +70,7 @@ def main(model_args: trl.ModelConfig, evaluation_args: EvaluationArguments) -> d
     refuse_unfit_base(model_args.model_name_or_path, model_args.model_revision)
     if args.adapter_path is not None:
         refuse_unfit_adapter(args.adapter_path)
+        _refuse_damaged(Path(args.adapter_path))
 
     jobs = _jobs(args)
     finished = [folder for folder, _, _ in jobs.values() if (folder / "metrics.json").exists()]
@@ -95,6 +96,12 @@ def main(model_args: trl.ModelConfig, evaluation_args: EvaluationArguments) -> d
         _print_metrics(name, results[name])
     print(f"Saved to {output_dir}")
     return results if args.benchmark else next(iter(results.values()))
+
+
+def _refuse_damaged(folder: Path) -> None:
+    """Raises `ValueError` where an adapter's folder on this machine is damaged: before the model is loaded."""
+    if folder.is_dir() and read_fields(folder / ADAPTER_FILE).get("peft_type") == TinyLoraPeftType.TRL_TINYLORA:
+        TinyLoraConfig.from_pretrained(str(folder))
 
 
 def _jobs(args) -> dict[str, tuple[Path, GenerationArguments, tuple]]:

@@ -16,6 +16,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Optional
 
 from safetensors import SafetensorError
@@ -36,6 +37,7 @@ DTYPE_NAMES = ("float32", "float16", "bfloat16")
 MOST_VALUES = 64
 # Of a configuration, what is shown in another line, or is long and says nothing to a reader.
 NOT_LISTED = ("peft_type", "base_model_name_or_path", "base_fingerprint", "singular_bases")
+WRITTEN = ("checkpoint_format", "checkpoint_digest", "singular_bases", "base_fingerprint")
 # What wrong input raises here, in PEFT, in transformers and on the Hub. Anything else is a bug: its traceback is shown.
 EXPECTED = (ValueError, TypeError, KeyError, OSError, RuntimeError, ImportError, SafetensorError)
 
@@ -106,7 +108,7 @@ def _run(command: Sequence[str]) -> int:
     """Runs a script, or the module behind `-m`, as Python itself would."""
     is_module = command[0] == "-m"
     name, *own = command[1:] if is_module and len(command) > 1 else command
-    if (importlib.util.find_spec(name.partition(".")[0]) is None) if is_module else not os.path.isfile(name):
+    if not (_is_module(name) if is_module else os.path.isfile(name)):
         print(f"error: there is no {'module' if is_module else 'file'} {name!r} to run", file=sys.stderr)
         return 1
     from .registration import register
@@ -121,8 +123,21 @@ def _run(command: Sequence[str]) -> int:
     return 0
 
 
+def _is_module(name: str) -> bool:
+    """Whether there is a module of this name; its packages are imported."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise
+        return False
+
+
 def _count(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be an integer, got {text!r}") from error
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
@@ -187,6 +202,7 @@ def _config_line(config: TinyLoraConfig, asked_for: dict) -> str:
 def _inspect(options: argparse.Namespace) -> None:
     folder, fields = _read_adapter(options.adapter)
     from .storage.checkpoint import VALUES, function_of, own_tensors, read_tensors, refuse_altered
+    from .validation import refuse_wrong_written_fields
 
     path = folder / WEIGHTS_FILE
     if not path.is_file():
@@ -194,6 +210,10 @@ def _inspect(options: argparse.Namespace) -> None:
     is_own = fields.get("peft_type") == OWN_TYPE
     tensors = read_tensors(path)
     if is_own:
+        try:
+            refuse_wrong_written_fields(SimpleNamespace(**dict.fromkeys(WRITTEN) | fields))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{folder / ADAPTER_FILE}: {error}") from error
         refuse_altered(own_tensors(tensors), fields.get("checkpoint_digest"), function_of(fields), str(path))
     n_bytes = sum(tensor.nbytes for tensor in tensors.values())
     print(f"type: {fields.get('peft_type')}")
@@ -209,6 +229,8 @@ def _inspect(options: argparse.Namespace) -> None:
     listed = {name: value for name, value in sorted(fields.items()) if value is not None and name not in NOT_LISTED}
     print(f"config: {', '.join(f'{name}={value!r}' for name, value in listed.items())}")
     for name, tensor in sorted(tensors.items()):
+        if not tensor.numel():
+            continue
         is_listed = tensor.is_floating_point() and tensor.numel() <= MOST_VALUES
         values = f", values {' '.join(f'{value:.6g}' for value in tensor.flatten().tolist())}" if is_listed else ""
         print(f"{name}: {str(tensor.dtype).removeprefix('torch.')}, shape {tuple(tensor.shape)}{values}")
@@ -217,9 +239,9 @@ def _inspect(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     _refuse_to_write_over(options.out, options.adapter)
     folder, fields = _read_adapter(options.adapter)
-    base = options.base or fields.get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"{folder / ADAPTER_FILE} names no base model. Name it with `--base`.")
+    base = fields.get("base_model_name_or_path") if options.base is None else options.base
+    if not isinstance(base, str):
+        raise ValueError(f"{folder / ADAPTER_FILE} names no base model (got {base!r}). Name it with `--base`.")
     _refuse_to_write_over(options.out, base)
     refuse_unfit_base(base)
     _register_quietly()
@@ -280,7 +302,10 @@ def _load(folder: Path, fields: dict, base: str) -> PeftModel:
     from .tuner.targets import each_matrix, resolve_target_modules
 
     config = TinyLoraConfig.from_pretrained(str(folder))
-    model = AutoModelForCausalLM.from_pretrained(base)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base)
+    except SafetensorError as error:
+        raise ValueError(f"the weights of {base} are no complete safetensors file: {error}") from error
     if config.base_fingerprint is not None:
         names = resolve_target_modules(model, config)
         count = probes_needed(len(names))

@@ -163,6 +163,9 @@ class TinyLoraConfig(PeftConfig):
         self._saved: Optional[SavedAdapter] = None
         # No field: PEFT would read it from the folder again.
         self.takes_other_base = False
+        if self.target_modules == ["all-linear"]:
+            # A command line gives lists.
+            self.target_modules = "all-linear"
         refuse_wrong_fields(self)
         # What the values have to be that are loaded into an adapter with this configuration, as it is now: its fields
         # may be changed on purpose before.
@@ -237,6 +240,10 @@ class TinyLoraConfig(PeftConfig):
         """
         refuse_no_count("n_values", n_values)
         fixed_u, fixed_n_tie = fields.pop("u", None), fields.pop("n_tie", None)
+        if fixed_u is not None:
+            refuse_no_count("u", fixed_u)
+        if fixed_n_tie not in (None, "all"):
+            refuse_no_count("n_tie", fixed_n_tie)
         draft = cls(**fields)
         names = resolve_target_modules(skeleton(model), draft)
         u, n_tie, count = nearest_budget(
@@ -292,6 +299,8 @@ class TinyLoraConfig(PeftConfig):
             config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         except (TypeError, ValueError) as error:
             raise error if folder in str(error) else ValueError(f"{folder}/{CONFIG_NAME}: {error}") from error
+        except KeyError as error:
+            raise ValueError(f"{folder}/{CONFIG_NAME}: `peft_type` is {error}, which PEFT does not know.") from error
         if not isinstance(config, cls):
             raise ValueError(
                 f"{folder} holds an adapter of type {getattr(config.peft_type, 'value', config.peft_type)}, not "

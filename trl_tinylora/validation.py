@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from typing import TYPE_CHECKING
 
 from .maths.tying import TYINGS
-from .storage.checkpoint import FORMAT
+from .storage.checkpoint import FORMAT, FORMER_FORMAT
 from .storage.fingerprint import RESTORE, refuse_malformed
 
 
 if TYPE_CHECKING:
+    from types import SimpleNamespace
+
     from .config import TinyLoraConfig
 
 
@@ -55,7 +58,8 @@ def refuse_wrong_fields(config: TinyLoraConfig) -> None:
     if not 0 <= bound < math.inf:
         raise ValueError(f"`init_v_bound` must be finite and at least 0, got {bound}.")
     _refuse_wrong_targets(config)
-    _refuse_wrong_written_fields(config)
+    _refuse_wrong_fields_of_peft(config)
+    refuse_wrong_written_fields(config)
 
 
 def refuse_no_count(name: str, value: object) -> None:
@@ -108,7 +112,7 @@ def _refuse_wrong_targets(config: TinyLoraConfig) -> None:
         _refuse_no_indexes("trainable_token_indices", indexes)
     layers = config.layers_to_transform
     _refuse_no_indexes("layers_to_transform", [layers] if isinstance(layers, int) else layers)
-    if layers == []:
+    if layers in ([], ()):
         raise ValueError("`layers_to_transform` is empty, and would adapt every layer: name layers, or leave it out.")
     if config.layers_pattern and layers is None:
         raise ValueError("`layers_pattern` needs `layers_to_transform`; set both or neither.")
@@ -139,9 +143,30 @@ def _refuse_no_indexes(name: str, value: object) -> None:
         _refuse_no_integer(name, index)
 
 
-def _refuse_wrong_written_fields(config: TinyLoraConfig) -> None:
-    """Of the fields that are written when an adapter is saved: a file can hold anything."""
-    if config.checkpoint_format not in (None, FORMAT):
+def _refuse_wrong_fields_of_peft(config: TinyLoraConfig) -> None:
+    """Of the fields that every PEFT configuration has, and PEFT itself takes whatever they hold."""
+    if not isinstance(config.inference_mode, bool):
+        raise TypeError(f"`inference_mode` must be True or False, got {config.inference_mode!r}.")
+    for name in ("base_model_name_or_path", "revision"):
+        if not isinstance(getattr(config, name), (str, os.PathLike, type(None))):
+            raise TypeError(f"`{name}` must be a text or None, got {getattr(config, name)!r}.")
+    if not isinstance(config.auto_mapping, (dict, type(None))):
+        raise TypeError(f"`auto_mapping` must be a dictionary or None, got {config.auto_mapping!r}.")
+
+
+def refuse_wrong_written_fields(config: TinyLoraConfig | SimpleNamespace) -> None:
+    """
+    Raises where a field that is written when an adapter is saved is none that was written: a file can hold anything.
+
+    Args:
+        config ([`TinyLoraConfig`] or `types.SimpleNamespace`): With those fields.
+
+    Raises:
+        TypeError: If a field has another type than it can have.
+        ValueError: If the folder is of a later format, or a field is damaged.
+    """
+    is_number = type(config.checkpoint_format) is int
+    if config.checkpoint_format is not None and not (is_number and config.checkpoint_format in (FORMER_FORMAT, FORMAT)):
         raise ValueError(
             f"`checkpoint_format` is {config.checkpoint_format!r}, and this version of trl_tinylora reads {FORMAT} and "
             "the folders before it. The adapter was saved by another version: install the newest one."

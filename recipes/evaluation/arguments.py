@@ -1,5 +1,6 @@
 """The arguments of `evaluate.py`, and those of them that a comparison has as well."""
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
@@ -41,7 +42,7 @@ class GenerationArguments:
         for name, bound in bounds.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} must be at least {bound}, got {getattr(self, name)}")
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise ValueError(
                 f"temperature must be above 0, got {self.temperature}: the greedy completion is always generated"
             )
@@ -96,7 +97,7 @@ class EvaluationArguments(GenerationArguments):
     def __post_init__(self):
         super().__post_init__()
         if self.benchmark is not None:
-            self.benchmark = [name for item in self.benchmark for name in item.split(",") if name]
+            self.benchmark = [name for item in self.benchmark for name in item.split(",") if name] or None
         if self.regrade:
             return
         if (self.benchmark is None) == (self.dataset_name is None):

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import os
 import sys
 import warnings
@@ -18,11 +19,15 @@ from transformers.trainer import TRAINER_STATE_NAME
 from training.arguments import AdapterArguments, RecipeArguments
 from trl_tinylora import TinyLoraModel
 from trl_tinylora.sources import ADAPTER_FILE, MODEL_FILE, refuse_unfit_base
+from trl_tinylora.storage.checkpoint import read_fields
 
 
 DEBUG = "TRL_TINYLORA_DEBUG"
 # What wrong arguments and files raise. Anything else (a bug, memory that ran out) is shown with its traceback.
 EXPECTED = (ValueError, TypeError, OSError, ImportError, NotImplementedError, FloatingPointError, yaml.YAMLError)
+# What trainers take whatever it is, or refuse once the model is loaded.
+COUNTS = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations", "max_completion_length")
+TEXTS = ("model_name_or_path", "dataset_name", "output_dir", "adapter_path")
 # Of TinyLoRA. GRPOConfig's default, 1e-6, is meant for whole models.
 LOWEST_LEARNING_RATE = 1e-5
 KINDS = {"TRL_TINYLORA": "tinylora", "LORA": "lora"}
@@ -37,9 +42,19 @@ class _Parser(trl.TrlParser):
     def parse_known_args(self, args=None, namespace=None):
         namespace, unknown = super().parse_known_args(args, namespace)
         self._refuse(unknown)
+        _refuse_out_of_bounds(vars(namespace))
         return namespace, unknown
 
     def set_defaults_with_config(self, **settings):
+        types = {action.dest: action.type for action in self._actions}
+        for name, value in settings.items():
+            # argparse converts texts.
+            if value is None or isinstance(value, str):
+                continue
+            if name in TEXTS:
+                raise ValueError(f"{name} must be a text, got {value!r}")
+            if types.get(name) in (int, float) and not isinstance(value, (int, types[name])):
+                raise ValueError(f"{name} must be a number of type {types[name].__name__}, got {value!r}")
         unknown = super().set_defaults_with_config(**settings)
         self._refuse(unknown)
         return unknown
@@ -50,6 +65,38 @@ class _Parser(trl.TrlParser):
             alike = difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.8)
             meant = f": did you mean {alike[0]}?" if alike else ""
             raise ValueError(f"there is no argument {name}{meant} (--help lists all)")
+
+
+def _refuse_out_of_bounds(given: dict) -> None:
+    """Raises `ValueError` where a number is out of its bounds, of the arguments by name."""
+    for name in COUNTS:
+        if given.get(name) is not None and given[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {given[name]}")
+    steps, rate, temperature = given.get("max_steps"), given.get("learning_rate"), given.get("temperature")
+    if steps is not None and steps < 1 and steps != -1:
+        raise ValueError(f"max_steps must be at least 1, or -1 for num_train_epochs, got {steps}")
+    if rate is not None and not 0 <= rate < math.inf:
+        raise ValueError(f"learning_rate must be finite and at least 0, got {rate}")
+    if temperature is not None and not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be finite and above 0, got {temperature}")
+
+
+def refuse_unfit_folder(output_dir: str) -> None:
+    """
+    Raises where no folder can be written.
+
+    Args:
+        output_dir (`str`): The folder, there or not.
+    Raises:
+        FileExistsError: If it is a file, or would lie in one.
+        ValueError: If it is empty.
+    """
+    if not output_dir:
+        raise ValueError("output_dir is empty: name a folder by --output_dir")
+    for path in (Path(output_dir), *Path(output_dir).parents):
+        if path.is_file():
+            which = "is a file" if path == Path(output_dir) else f"lies in {str(path)!r}, a file"
+            raise FileExistsError(f"output_dir={output_dir!r} {which}: name a folder by --output_dir")
 
 
 def run(main: Callable, arguments: Iterable[type]) -> Any:
@@ -186,9 +233,8 @@ def resume_point(training_args: TrainingArguments) -> str | None:
         FileNotFoundError: If there is no checkpoint to continue from.
         ValueError: If the checkpoint has all the steps that were asked for.
     """
+    refuse_unfit_folder(training_args.output_dir)
     output_dir = Path(training_args.output_dir)
-    if output_dir.is_file():
-        raise FileExistsError(f"output_dir={training_args.output_dir!r} is a file: name a folder by --output_dir")
     # The trainer's own; somebody's "checkpoint-best" has no place in their order.
     numbered = [path for path in output_dir.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
     checkpoints = sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]))
@@ -233,9 +279,11 @@ def resume_point(training_args: TrainingArguments) -> str | None:
 def _state_of(checkpoint: Path) -> dict | None:
     """The trainer's state, the last file that it writes (transformers 5.23, trainer.py:3409); `None` without it."""
     try:
-        return json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    is_whole = isinstance(state, dict) and isinstance(state.get("global_step", 0), int)
+    return state if is_whole and isinstance(state.get("epoch") or 0, (int, float)) else None
 
 
 def _is_at_the_end(checkpoint: Path, training_args: TrainingArguments) -> bool:
@@ -249,7 +297,7 @@ def _is_at_the_end(checkpoint: Path, training_args: TrainingArguments) -> bool:
 def _refuse_another_kind(checkpoint: Path, adapter: str) -> None:
     """Raises `ValueError` where a checkpoint's adapter is of another kind than the one to be trained."""
     path = checkpoint / ADAPTER_FILE
-    kind = json.loads(path.read_text(encoding="utf-8")).get("peft_type") if path.is_file() else "full"
+    kind = read_fields(path).get("peft_type") if path.is_file() else "full"
     if KINDS.get(kind, kind) != adapter:
         raise ValueError(
             f"{checkpoint} was made with adapter={KINDS.get(kind, kind)!r}, but adapter is {adapter!r}: give --adapter "

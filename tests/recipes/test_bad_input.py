@@ -23,6 +23,18 @@ TOY = ROOT / "recipes" / "toy"
 SCRIPTS = {"grpo": grpo, "sft": sft, "evaluate": evaluate}
 
 
+# Of a recipe, by its key.
+WRONG_VALUES = {
+    "max_steps": "max_steps: [1]",
+    "learning_rate": "learning_rate: {a: 1}",
+    "model_name_or_path": "model_name_or_path: 7",
+    "dataset_name": "dataset_name: [1]",
+    "output_dir": "output_dir: 3",
+    "tying": "tying: [tiled]",
+    "target_modules": "target_modules: 3",
+}
+
+
 @pytest.fixture(autouse=True)
 def in_the_repository_root(monkeypatch):
     # The paths in the YAML files are relative to it.
@@ -62,6 +74,20 @@ def places(tmp_path, saved):
     for script in ("sft", "grpo"):
         text = (TOY / f"{script}.yaml").read_text()
         (tmp_path / f"typo-{script}.yaml").write_text(text + "\nlerning_rate: 0.1\n")
+        for name, line in WRONG_VALUES.items():
+            kept = [row for row in text.splitlines() if not row.startswith(f"{name}:")]
+            (tmp_path / f"{name}-{script}.yaml").write_text("\n".join([*kept, line]))
+    for name in ("cut", "list"):
+        shutil.copytree(saved, tmp_path / f"{name}-adapter")
+        (tmp_path / f"{name}-adapter" / "adapter_config.json").write_text("[1" if name == "cut" else "[1]")
+    shutil.copytree(saved, tmp_path / "no-values")
+    (tmp_path / "no-values" / "adapter_model.safetensors").unlink()
+    for name, state in (
+        ("cut-adapter", '{"global_step": 1}'),
+        ("list-adapter", '{"global_step": 1}'),
+        ("folder", "[]"),
+    ):
+        (tmp_path / name / "trainer_state.json").write_text(state)
     (tmp_path / "list.yaml").write_text("- 1\n")
     (tmp_path / "broken.yaml").write_text("max_steps: [1\n")
     return tmp_path
@@ -139,11 +165,43 @@ def test_a_wrong_command_line_is_answered_in_one_line(refused, script, command, 
         (f"{TRAIN} --n_values 113", "trains exactly 113 values; the nearest"),
         (f"{TRAIN} --n_values 0", "`n_values` must be at least 1, got 0"),
         (f"{TRAIN} --resume_from_checkpoint %/nothing", "resume_from_checkpoint='%/nothing' is no folder"),
+        (f"{TRAIN} --resume_from_checkpoint %/folder", "resume_from_checkpoint='%/folder' is no complete checkpoint"),
+        (f"{TRAIN} --resume_from_checkpoint %/cut-adapter", "%/cut-adapter/adapter_config.json is no complete JSON"),
+        (f"{TRAIN} --resume_from_checkpoint %/list-adapter", "%/list-adapter/adapter_config.json must hold an object"),
+        (f"{TRAIN} --output_dir %/file/out", "output_dir='%/file/out' lies in '%/file', a file: name a folder"),
+        (f"{TRAIN} --output_dir=", "output_dir is empty: name a folder by --output_dir"),
+        (f"{TRAIN} --max_steps 0", "max_steps must be at least 1, or -1 for num_train_epochs, got 0"),
+        (f"{TRAIN} --learning_rate -1", "learning_rate must be finite and at least 0, got -1.0"),
+        (f"{TRAIN} --learning_rate nan", "learning_rate must be finite and at least 0, got nan"),
+        (f"{TRAIN} --per_device_train_batch_size 0", "per_device_train_batch_size must be at least 1, got 0"),
+        ("--use_cpu true --config %/max_steps-sft.yaml", "max_steps must be a number of type int, got [1]"),
+        ("--use_cpu true --config %/learning_rate-sft.yaml", "learning_rate must be a number of type float, got {'a'"),
+        ("--use_cpu true --config %/model_name_or_path-sft.yaml", "model_name_or_path must be a text, got 7"),
+        ("--use_cpu true --config %/dataset_name-sft.yaml", "dataset_name must be a text, got [1]"),
+        ("--use_cpu true --config %/output_dir-sft.yaml", "output_dir must be a text, got 3"),
+        ("--use_cpu true --config %/tying-sft.yaml --output_dir %/out", "`tying` must be one of"),
+        ("--use_cpu true --config %/target_modules-sft.yaml --output_dir %/out", "`target_modules` must be a text"),
     ],
 )
 @pytest.mark.parametrize("script", ["sft", "grpo"])
 def test_a_training_that_cannot_be_is_answered_in_one_line(refused, script, command, message):
     assert message in refused(script, command.replace("sft.yaml", f"{script}.yaml"))
+
+
+@pytest.mark.bad_input("a recipe's arguments and files")
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("--num_generations 0", "num_generations must be at least 1, got 0"),
+        ("--max_completion_length 0", "max_completion_length must be at least 1, got 0"),
+        ("--temperature 0", "temperature must be finite and above 0, got 0.0"),
+        ("--temperature nan", "temperature must be finite and above 0, got nan"),
+        ("--reward nope", "reward must be one of strict, flexible, format, random, or a dotted path"),
+        ("--reward no.such.reward", "reward='no.such.reward' cannot be imported"),
+    ],
+)
+def test_sampling_that_cannot_be_is_answered_in_one_line(refused, command, message):
+    assert message in refused("grpo", f"{TRAIN.replace('sft.yaml', 'grpo.yaml')} {command}")
 
 
 @pytest.mark.bad_input("an evaluation's arguments and files")
@@ -159,6 +217,12 @@ def test_a_training_that_cannot_be_is_answered_in_one_line(refused, script, comm
         (f"{EVALUATE} --dataset_name %/empty.jsonl", "%/empty.jsonl is empty"),
         (f"{EVALUATE} --dataset_name %/latin.jsonl", "%/latin.jsonl, row 2: not UTF-8"),
         (f"{EVALUATE} --samples -1", "samples must be at least 0, got -1"),
+        (f"{EVALUATE} --temperature nan", "temperature must be finite and above 0, got nan"),
+        (f"{EVALUATE} --output_dir %/file/out", "output_dir='%/file/out' lies in '%/file', a file"),
+        (f"{EVALUATE} --adapter_path %/cut-adapter", "%/cut-adapter/adapter_config.json is no complete JSON file"),
+        (f"{EVALUATE} --adapter_path %/list-adapter", "%/list-adapter/adapter_config.json must hold an object"),
+        (f"{EVALUATE} --adapter_path %/no-values", "%/no-values lacks adapter_model.safetensors, the values"),
+        (f"--model_name_or_path {TOY / 'base'} --benchmark=", "name what to evaluate on: either --benchmark"),
     ],
 )
 def test_an_evaluation_that_cannot_be_is_answered_in_one_line(refused, command, message):

@@ -98,6 +98,8 @@ def test_run_runs_a_program_that_has_not_heard_of_the_package(adapter, base_fold
     ("command", "message"),
     [
         (["-m", "no_such_module"], "no module 'no_such_module'"),
+        (["-m", "os.nope"], "no module 'os.nope'"),
+        (["-m", "json.nope"], "no module 'json.nope'"),
         (["no/file.py"], "no file 'no/file.py'"),
         (["-m"], "-m"),
     ],
@@ -158,6 +160,7 @@ def test_plan_says_why_it_cannot(run, tmp_path, base_folder):
     assert_fails(run("plan", tmp_path))
     assert_fails(run("plan", base_folder, "--target_modules", "nothing"), "matches no module")
     assert_fails(run("plan", base_folder, "--r", 99), "r=99 exceeds the rank")
+    assert_fails(run("plan", base_folder, "--target_modules", "q_proj", "k_porj"), "['k_porj'] in target_modules")
 
 
 # inspect
@@ -206,6 +209,26 @@ def test_inspect_names_what_is_damaged(run, adapter, tmp_path):
     assert_fails(run("inspect", tmp_path / "cut"), "has no adapter_model.safetensors")
     (tmp_path / "cut" / "adapter_config.json").write_text('{"peft_type": ')
     assert_fails(run("inspect", tmp_path / "cut"), "no complete JSON")
+
+
+@pytest.mark.bad_input("a command line of `python -m trl_tinylora`")
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"base_fingerprint": "text"}, "`base_fingerprint` is damaged"),
+        ({"base_fingerprint": [1]}, "`base_fingerprint` is damaged"),
+        ({"checkpoint_format": 99}, "`checkpoint_format` is 99"),
+        ({"checkpoint_digest": 5}, "`checkpoint_digest` must be a text"),
+    ],
+)
+def test_every_command_names_a_damaged_configuration(run, adapter, base_folder, tmp_path, fields, message):
+    shutil.copytree(adapter, tmp_path / "edited")
+    path = tmp_path / "edited" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    name = tmp_path / "edited"
+    for command in (["inspect", name], ["verify", name, base_folder], ["export", name, tmp_path / "out"]):
+        assert_fails(run(*command), str(path), message)
+    assert not (tmp_path / "out").exists()
 
 
 # export
@@ -321,9 +344,12 @@ def test_export_refuses_what_is_not_written_as_gguf(run, adapter, base_folder, t
 def test_export_asks_for_a_base_that_nobody_names(run, adapter, tmp_path):
     shutil.copytree(adapter, tmp_path / "anonymous")
     path = tmp_path / "anonymous" / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": None}))
-
-    assert_fails(run("export", tmp_path / "anonymous", tmp_path / "lora"), "names no base model", "--base")
+    for name in (None, 5):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": name}))
+        assert_fails(
+            run("export", tmp_path / "anonymous", tmp_path / "lora"), f"names no base model (got {name})", "--base"
+        )
+    assert_fails(run("export", adapter, tmp_path / "lora", "--base", ""), "'' is no folder")
 
 
 # verify
@@ -343,6 +369,9 @@ def test_verify_passes_on_why_an_adapter_does_not_load(run, adapter, base_folder
     shutil.copytree(adapter, tmp_path / "any modules")
     path = tmp_path / "any modules" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "target_modules": "all-linear"}))
+    shutil.copytree(base_folder, tmp_path / "cut base")
+    (tmp_path / "cut base" / "model.safetensors").write_bytes(b"")
+    assert_fails(run("verify", adapter, tmp_path / "cut base"), f"weights of {tmp_path / 'cut base'} are no complete")
     # What is wrong with the base is for the loader to say.
     assert_fails(run("verify", tmp_path / "any modules", tmp_path / "deeper"), "base model")
 
@@ -405,6 +434,7 @@ def test_every_command_refuses_at_once_what_is_no_adapter(run, base_folder, tmp_
         ["plan"],
         ["plan", "model", "--values", "0"],
         ["plan", "model", "--values", "many"],
+        ["plan", "model", "--r", "2.5"],
         ["export", "adapter"],
         ["export", "adapter", "out", "--dtype", "int8"],
         ["export", "adapter", "out", "--format", "onnx"],

@@ -22,6 +22,9 @@ PICKLE_FILE = "adapter_model.bin"
 PREFIX = "base_model.model."
 # The parameter's name without the adapter's, which is what transformers looks for.
 VALUES = "tinylora_bank.trl_tinylora_v.lora_magnitude_vector"
+# Of an empty tensor beside them, whose name goes on with the settings and modules that they belong to, as JSON without
+# dots: PEFT reads no configuration where it loads values into an adapter that is there, as trainers do that resume.
+OWNER = "tinylora_bank.trl_tinylora_v.{"
 # Earlier versions stored the factors of uncertain modules: `trl_tinylora_factors.<module>.left` and `.right`.
 FORMER_FACTORS, FORMER_RIGHT = "trl_tinylora_factors.", ".right"
 # What an adapter's function depends on beside its values, its modules and their singular vectors.
@@ -29,8 +32,8 @@ SETTINGS = ("r", "u", "n_tie", "tying", "projection", "projection_seed")
 # What is trained and saved beside them.
 BESIDE = ("modules_to_save", "trainable_token_indices")
 # Of a folder. Format 1, which says no number, has a digest of the tensors in its file alone; 2 one of the settings, the
-# modules' names and what fixes their singular vectors as well.
-FORMAT = 2
+# modules' names and what fixes their singular vectors as well; 3 has an OWNER in its file.
+FORMAT, FORMER_FORMAT = 3, 2
 # Radians: the effect of an adapter is right to about this share of itself where its factors are computed again.
 MAX_UNCERTAINTY = 0.02
 
@@ -142,6 +145,52 @@ def former_bases(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
         for name, tensor in tensors.items()
         if name.startswith(FORMER_FACTORS) and name.endswith(FORMER_RIGHT)
     }
+
+
+def owner_of(settings: Mapping, base_fingerprint: Mapping) -> str:
+    """Returns the name, behind the bank's, of the [`OWNER`] of values with these settings on these modules.
+
+    Args:
+        settings (`Mapping`): With the fields in [`SETTINGS`].
+        base_fingerprint (`Mapping`): With the number of the modules and the digest of their names.
+    """
+    owner = {name: settings[name] for name in SETTINGS}
+    owner |= {name: base_fingerprint[name] for name in ("modules", "names")}
+    return json.dumps(owner, sort_keys=True, separators=(",", ":")).replace(".", "\\u002e")
+
+
+def is_owner(name: str) -> bool:
+    """Returns whether a tensor's name is that of an [`OWNER`]."""
+    return name.removeprefix(PREFIX).startswith(OWNER)
+
+
+def refuse_another_owner(state_dict: Mapping[str, torch.Tensor], expected: str) -> None:
+    """
+    Raises where the values in a checkpoint belong to an adapter with other settings or modules.
+
+    Args:
+        state_dict (`Mapping[str, torch.Tensor]`): What a checkpoint holds, by name; before format 3 that does not tell.
+        expected (`str`): [`owner_of`] the adapter that they are loaded into.
+
+    Raises:
+        ValueError: If they do; the message names both.
+    """
+    for name in filter(is_owner, state_dict):
+        here = json.loads(expected)
+        try:
+            there = json.loads(name[name.index("{") :])
+        except ValueError:
+            # The file was altered.
+            there = {}
+        if there != here:
+            differences = [
+                f"{key} ({here[key]!r}, {there.get(key)!r} there)" for key in here if here[key] != there.get(key)
+            ]
+            raise ValueError(
+                f"the checkpoint belongs to an adapter that differs from this one in {', '.join(differences)}: its "
+                "values would mean something else here. Resume with the settings in the checkpoint's "
+                "adapter_config.json, on its base model, or start a new run in another folder."
+            )
 
 
 def refuse_unfit_shape(stored: Sequence[int], shape: Sequence[int]) -> None:

@@ -102,7 +102,7 @@ class AdaptedLayer(nn.Module, TinyLoraLayer):
             RuntimeError: If ZeRO-3 has the weight partitioned.
             NotImplementedError: If the weight is quantised.
         """
-        if isinstance(adapter_names, str):
+        if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names or []):
             raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
         names = self.active_adapters if adapter_names is None else adapter_names
         unknown = [name for name in adapter_names or [] if self._bank[0].vectors(name) is None]

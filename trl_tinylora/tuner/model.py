@@ -20,7 +20,9 @@ from ..storage.checkpoint import (
     VALUES,
     SavedAdapter,
     beside_of,
+    is_owner,
     own_tensors,
+    refuse_another_owner,
     refuse_unfit_shape,
 )
 from ..storage.fingerprint import fingerprint
@@ -184,9 +186,11 @@ class TinyLoraModel(BaseTuner):
         """Makes adapters the active ones, trained unless `inference_mode`.
 
         Raises:
-            ValueError: If one does not exist.
+            ValueError: If one does not exist or is named twice.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        if len(set(names)) != len(names):
+            raise ValueError(f"each adapter must be named once, got {adapter_name!r}.")
         unknown = [name for name in names if name not in self.peft_config]
         if unknown:
             raise ValueError(f"Adapter {', '.join(map(str, unknown))} not found, there are {list(self.peft_config)}.")
@@ -207,8 +211,9 @@ class TinyLoraModel(BaseTuner):
             combination_type (`str`, *optional*, defaults to `"linear"`): As for LoRA, which has other types as well.
 
         Raises:
-            ValueError: If an adapter does not exist, the name is taken, there is not one weight for each adapter, or
-                the adapters differ in more than their values; the message names the difference.
+            TypeError: If `adapters` is no list, or `weights` no list of numbers.
+            ValueError: If an adapter does not exist, the name is taken, there is not one weight for each adapter, the
+                sum is not finite, or the adapters differ in more than their values; the message names the difference.
         """
         if combination_type != "linear":
             raise ValueError(
@@ -217,18 +222,26 @@ class TinyLoraModel(BaseTuner):
             )
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter with name {adapter_name!r} already exists: delete it, or choose another name.")
+        if not isinstance(adapters, (list, tuple)) or not isinstance(weights, (list, tuple)):
+            raise TypeError(f"`adapters` and `weights` must be lists, got {adapters!r} and {weights!r}.")
         if not adapters or len(weights) != len(adapters):
             raise ValueError(f"there must be one weight for each adapter, got {len(weights)} for {len(adapters)}.")
+        try:
+            weights = [float(weight) for weight in weights]
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"`weights` must be numbers, got {weights}.") from error
         if not all(math.isfinite(weight) for weight in weights):
             raise ValueError(f"`weights` must be finite, got {weights}.")
         parts = self._values_of_one_plan(adapters)
+        total = sum(weight * part for weight, part in zip(weights, parts, strict=True)).float()
+        if not torch.isfinite(total).all():
+            raise ValueError(f"the sum with `weights` {weights} exceeds what float32 can hold. Take smaller ones.")
         self.peft_config[adapter_name] = copy.copy(self.peft_config[adapters[0]])
         try:
             self.inject_adapter(self.model, adapter_name)
         except Exception:
             del self.peft_config[adapter_name]
             raise
-        total = sum(weight * part for weight, part in zip(weights, parts, strict=True))
         with torch.no_grad():
             self.bank.vectors(adapter_name).values_GK.copy_(total)
 
@@ -243,8 +256,10 @@ class TinyLoraModel(BaseTuner):
             adapter_name (`str`, *optional*, defaults to `"default"`): The adapter that it is to be loaded into.
 
         Raises:
-            ValueError: If settings, modules or method differ; the message names both.
+            ValueError: If settings, modules or method differ, the message names both; or there is no such adapter.
         """
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} not found, there are {list(self.peft_config)}.")
         there, plan = TinyLoraConfig.from_pretrained(str(folder)), self.bank.vectors(adapter_name).plan
         pairs = {name: (value, getattr(there, name)) for name, value in plan.settings.items()}
         if there.base_fingerprint is not None:
@@ -324,31 +339,42 @@ class TinyLoraModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        # Fields can have been set since.
+        refuse_wrong_fields(config)
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         vectors = _bank_of(model).vectors(adapter_name)
         values = f"{BANK}.trl_tinylora_v.{adapter_name}.lora_magnitude_vector"
         saved_GK = None
         # PEFT looks for names that torch's older FSDP changes where it wraps modules between the model and the bank.
         found |= {key: tensor for key, tensor in state_dict.items() if key.removeprefix(PREFIX) == values}
-        for key in found:
+        plan = vectors.plan
+        for key in list(found):
             if key.removeprefix(PREFIX) == values:
                 found[key] = saved_GK = found[key].to(getattr(torch, config.save_dtype))
+                found[key.replace("lora_magnitude_vector", plan.owner)] = torch.empty(0)
         if saved_GK is not None:
             own_tensors({VALUES: saved_GK})
-        plan = vectors.plan
         settings = plan.settings | beside_of(config)
         config._saved = SavedAdapter(saved_GK, fingerprint(plan.probes), plan.singular_bases, settings)
         return found
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        own = own_tensors(state_dict)
-        refuse_unfit_shape(own[VALUES].shape, _bank_of(model).vectors(adapter_name).plan.shape)
+        own, vectors, saved = own_tensors(state_dict), _bank_of(model).vectors(adapter_name), config._saved
+        refuse_unfit_shape(own[VALUES].shape, vectors.plan.shape)
         if config.inference_mode:
             config.verify_values(own, "the checkpoint")
+        # What was read with the configuration was verified with it, and its fields may have been changed on purpose.
+        if saved is None or saved.folder is None or not torch.equal(saved.values_GK, own[VALUES].cpu()):
+            refuse_another_owner(state_dict, vectors.plan.owner)
+        vectors._buffers.clear()
         # A trainer loads checkpoints of its own into an adapter whose configuration was read from another folder.
         config.forget_expected()
-        state_dict = {name: tensor for name, tensor in state_dict.items() if name.removeprefix(PREFIX) not in own}
+        state_dict = {
+            name: tensor
+            for name, tensor in state_dict.items()
+            if name.removeprefix(PREFIX) not in own and not is_owner(name)
+        }
         # `save_pretrained(save_embedding_layers=True)` saves those.
         others = sorted(name for name in state_dict if not set(EMBEDDING_LAYER_NAMES) & set(name.split(".")))
         if others and not trains_more_than_values(config):

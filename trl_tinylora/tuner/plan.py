@@ -9,8 +9,8 @@ import torch
 from ..config import TinyLoraConfig
 from ..maths.decomposition import basis_projections, gaussian_projections
 from ..maths.tying import assign_groups, count_groups
-from ..storage.checkpoint import settings_of
-from ..storage.fingerprint import Measured, Probe
+from ..storage.checkpoint import owner_of, settings_of
+from ..storage.fingerprint import Measured, Probe, fingerprint
 
 
 # Of the matrices P. LoRA-XS with r = 64 on 200 modules (u = 4096) takes 13 GB where they are Gaussian.
@@ -87,6 +87,11 @@ class Plan:
     def probes(self) -> dict[str, Probe]:
         """Each module's part in the base's fingerprint, by name, in depth order."""
         return {name: self.measured[name].probe for name in self.index}
+
+    @property
+    def owner(self) -> str:
+        """What values that are loaded alone are told by, see `storage/checkpoint.py`."""
+        return owner_of(self.settings, fingerprint(self.probes))
 
     @property
     def singular_bases(self) -> dict[str, str]:

@@ -30,7 +30,9 @@ def trains_more_than_values(config: TinyLoraConfig) -> bool:
 
 
 def refuse_second_injection(model: nn.Module, bank: Optional[TinyLoraBank], adapter_name: str) -> None:
-    """Raises `ValueError` where an adapter would take the place of one that is there, or has the name of the base."""
+    """Raises `ValueError` where an adapter would take the place of one that is there, or has no name it can have."""
+    if not adapter_name or "." in adapter_name:
+        raise ValueError(f"an adapter's name must be a text without dots, got {adapter_name!r}: choose another name.")
     if adapter_name == BASE_ROW:
         raise ValueError(
             f"an adapter cannot be named {BASE_ROW!r}: in `adapter_names` that stands for the base model. Choose "
@@ -146,7 +148,7 @@ def refuse_wrong_rows(tuner: TinyLoraModel, adapter_names: Sequence[str]) -> Non
         ValueError: If an adapter does not exist, or the model is in training mode or merged.
         NotImplementedError: If something beside the values would have to differ, or the values are sharded.
     """
-    if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
+    if not isinstance(adapter_names, (list, tuple)) or not all(isinstance(name, str) for name in adapter_names):
         raise TypeError(f"`adapter_names` must be a list with a name for each row, got {adapter_names!r}.")
     if tuner.training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")

@@ -407,6 +407,8 @@ def _refuse_unmatched(model: nn.Module, config: TinyLoraConfig, names: list[str]
         unmatched["target_modules"] = [
             wanted for wanted in config.target_modules or [] if not is_in(wanted, everywhere)
         ]
+    if isinstance(config.exclude_modules, (list, set, tuple)) and config.base_fingerprint is None:
+        unmatched["exclude_modules"] = [part for part in config.exclude_modules if not is_in(part, everywhere)]
     # For a classifier PEFT itself asks for every name that a head can have, of which a model has one.
     heads = SEQ_CLS_HEAD_NAMES if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else []
     beside = everywhere + heads if any(is_in(head, everywhere) for head in heads) else everywhere

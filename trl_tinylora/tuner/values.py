@@ -11,7 +11,7 @@ from torch import nn
 from ..config import TinyLoraConfig
 from ..distributed import gathered, is_lent, is_sharded, whole
 from ..maths.decomposition import frozen_stream, mix, unmix
-from ..storage.checkpoint import VALUES
+from ..storage.checkpoint import FORMAT, VALUES
 from .gradient import GradientBuffer, GradientSink, without_autocast
 from .plan import Plan
 
@@ -38,6 +38,9 @@ class Vectors(nn.Module):
             # From a stream of its own, so that it is the same in all processes.
             initial_GK = torch.from_numpy(stream.uniform(-bound, bound, plan.shape)).to(initial_GK)
         self.lora_magnitude_vector = nn.Parameter(initial_GK, requires_grad=False)
+        if config.checkpoint_format == FORMAT and config._expected[1] is not None:
+            # transformers reports what the file has and the model has not; the values are verified as it sets them.
+            self.register_buffer(plan.owner, torch.empty(0))
         self.is_trained = False
         self.buffer = GradientBuffer()
         # Every module's R as of the last pass, and the state of the values that it was computed from.

@@ -3,6 +3,7 @@ One proof of an adapter in every way in: what was altered, swapped or damaged is
 """
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -245,11 +246,15 @@ def test_a_damaged_file_is_named_by_its_path(saved, file, content, message):
         ({"singular_bases": ["text"]}, "`singular_bases` must hold a text for each module"),
         ({"singular_bases": {"module": 3}}, "`singular_bases` must hold a text for each module"),
         ({"checkpoint_digest": 5}, "`checkpoint_digest` must be a text"),
-        ({"checkpoint_format": FORMAT + 1}, "`checkpoint_format` is 3.*install the newest one"),
+        ({"checkpoint_format": FORMAT + 1}, "`checkpoint_format` is 4.*install the newest one"),
         ({"checkpoint_format": "2"}, "`checkpoint_format` is '2'"),
         ({"r": "2"}, "`r` must be an integer, got '2'"),
         ({"n_tie": 2.0}, "`n_tie` must be an integer, got 2.0"),
+        ({"checkpoint_format": float(FORMAT)}, f"`checkpoint_format` is {FORMAT}.0"),
         ({"target_modules": None}, "`target_modules` must be"),
+        ({"inference_mode": "no"}, "`inference_mode` must be True or False, got 'no'"),
+        ({"revision": 7}, "`revision` must be a text or None, got 7"),
+        ({"auto_mapping": "x"}, "`auto_mapping` must be a dictionary or None"),
     ],
 )
 def test_a_field_of_the_wrong_type_is_refused_with_the_path(saved, base, fields, message):
@@ -262,8 +267,16 @@ def test_a_field_of_the_wrong_type_is_refused_with_the_path(saved, base, fields,
         LOADERS["AutoModel"](saved, base)
 
 
+@pytest.mark.bad_input("an adapter's configuration of wrong types")
+@pytest.mark.parametrize("kind", ["NOPE", None])
+def test_a_type_that_nobody_knows_is_refused_with_the_path(saved, kind):
+    edit(peft_type=kind)(saved)
+    with pytest.raises(ValueError, match="adapter_config.json: `peft_type` is .*, which PEFT does not know"):
+        TinyLoraConfig.from_pretrained(saved)
+
+
 def test_the_folder_says_the_number_of_its_format(saved):
-    assert json.loads((saved / CONFIG).read_text())["checkpoint_format"] == FORMAT == 2
+    assert json.loads((saved / CONFIG).read_text())["checkpoint_format"] == FORMAT == 3
 
 
 def test_a_configuration_changed_after_the_model_was_made_is_saved_as_the_model_is(base, tmp_path, token_ids):
@@ -350,6 +363,57 @@ def test_a_checkpoint_of_another_adapter_is_refused_and_both_are_named(saved, ba
     model = adapted(AutoModelForCausalLM.from_pretrained(base), **fields)
     with pytest.raises(ValueError, match=f"{message}.*would mean something else"):
         model.base_model.refuse_checkpoint(saved)
+    with pytest.raises(ValueError, match=r"Adapter nope not found, there are \['default'\]"):
+        model.base_model.refuse_checkpoint(saved, "nope")
+
+
+@pytest.mark.bad_input("a checkpoint of another adapter")
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"projection_seed": 1}, r"projection_seed \(1, 0 there\)"),
+        ({"r": 3}, r"r \(3, 2 there\)"),
+        ({"tying": {"all.": "proj"}}, r"tying \({'all.': 'proj'}, 'tiled' there\)"),
+        ({"projection": "basis"}, r"projection \('basis', 'gaussian' there\)"),
+        (
+            {"n_tie": 2, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+            r"modules \(8, 14 there\), n_tie \(2, 4 there\)",
+        ),
+    ],
+)
+def test_values_are_not_loaded_into_another_adapter_that_is_there(saved, base, fields, message):
+    """As a trainer resumes: PEFT reads the file alone."""
+    model = adapted(AutoModelForCausalLM.from_pretrained(base), seed=3, **fields)
+    values = model.base_model.bank.vectors("default").values_GK
+    before = values.detach().clone()
+    with pytest.raises(ValueError, match=f"differs from this one in .*{message}.*would mean something else here"):
+        model.load_adapter(saved, "default", is_trainable=True)
+    assert torch.equal(values, before)
+
+
+def test_an_adapter_that_goes_on_from_a_folder_takes_no_checkpoint_of_another(saved, base):
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), saved, is_trainable=True)
+    model.load_adapter(saved, "default", is_trainable=True)
+    with pytest.raises(ValueError, match=r"projection_seed \(0, 1 there\)"):
+        model.load_adapter(saved.parent / "other", "default", is_trainable=True)
+
+
+@pytest.mark.bad_input("an adapter's folder, altered")
+def test_values_that_say_no_longer_what_they_belong_to_are_not_loaded(saved, base):
+    tensors = load_file(saved / WEIGHTS)
+    save_file({name.removesuffix("}"): tensor for name, tensor in tensors.items()}, saved / WEIGHTS)
+    model = adapted(AutoModelForCausalLM.from_pretrained(base))
+    with pytest.raises(ValueError, match=r"differs from this one in .*, r \(2, None there\)"):
+        model.load_adapter(saved, "default", is_trainable=True)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_what_the_values_belong_to_is_reported_by_no_loader(saved, base, loader, caplog, recwarn):
+    logging.getLogger("transformers").propagate = True
+    LOADERS[loader](saved, base)
+    load_adapter(saved, base, is_trainable=True)
+    reported = [record.getMessage() for record in caplog.records] + [str(warning.message) for warning in recwarn]
+    assert not [text for text in reported if "UNEXPECTED" in text or "MISSING" in text or "adapter keys" in text]
 
 
 def test_a_checkpoint_of_the_same_adapter_is_taken(saved, base):

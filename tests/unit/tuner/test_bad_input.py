@@ -48,6 +48,12 @@ def values_of(model, name="default"):
         ({"trainable_token_indices": "x"}, "`trainable_token_indices` must be a list of integers"),
         ({"trainable_token_indices": [1.5]}, "`trainable_token_indices` must be an integer, got 1.5"),
         ({"trainable_token_indices": {"embed_tokens": 3}}, "`trainable_token_indices` must be a list of integers"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": ()}, "`layers_to_transform` is empty"),
+        ({"inference_mode": "no"}, "`inference_mode` must be True or False, got 'no'"),
+        ({"inference_mode": None}, "`inference_mode` must be True or False, got None"),
+        ({"base_model_name_or_path": 5}, "`base_model_name_or_path` must be a text or None, got 5"),
+        ({"revision": 7}, "`revision` must be a text or None, got 7"),
+        ({"auto_mapping": 7}, "`auto_mapping` must be a dictionary or None, got 7"),
     ],
 )
 def test_a_configuration_that_can_fit_no_model_is_refused(fields, message):
@@ -65,6 +71,8 @@ def test_a_configuration_that_can_fit_no_model_is_refused(fields, message):
         ({"target_modules": ["q_proj"], "layers_to_transform": [0, 99]}, r"\[99\] in layers_to_transform=\[0, 99\]"),
         ({"target_modules": ["q_proj"], "layers_to_transform": [-1, 0]}, r"\[-1\] in layers_to_transform"),
         ({"target_modules": ["q_proj"], "layers_to_transform": 99}, "matches no module"),
+        ({"exclude_modules": ["up_porj"]}, r"\['up_porj'\] in exclude_modules"),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["o_proj", "kproj"]}, r"\['kproj'\] in exclude_modules"),
         ({"modules_to_save": ["lm_haed"]}, r"\['lm_haed'\] in modules_to_save"),
         ({"trainable_token_indices": [3, 64]}, r"trainable_token_indices holds \[64\].* 0 to 63"),
         ({"trainable_token_indices": [-1]}, r"trainable_token_indices holds \[-1\].* 0 to 63"),
@@ -96,6 +104,8 @@ def test_what_matches_nothing_is_named_and_the_model_left_as_it_was(tiny_qwen2, 
         ("projection", "uniform", ValueError),
         ("projection_seed", 2**32, ValueError),
         ("target_modules", None, ValueError),
+        ("inference_mode", "no", TypeError),
+        ("init_v_bound", -1, ValueError),
     ],
 )
 def test_a_field_set_to_nonsense_afterwards_is_refused(tiny_qwen2, field, value, error):
@@ -103,6 +113,31 @@ def test_a_field_set_to_nonsense_afterwards_is_refused(tiny_qwen2, field, value,
     setattr(config, field, value)
     with pytest.raises(error, match=f"`{field}`"):
         get_peft_model(tiny_qwen2(), config)
+
+
+@pytest.mark.bad_input("a field of the configuration")
+@pytest.mark.parametrize(("field", "value"), [("save_dtype", "int8"), ("save_dtype", "x"), ("target_modules", None)])
+def test_a_field_set_to_nonsense_is_not_saved(tiny_qwen2, tmp_path, field, value):
+    model = adapted(tiny_qwen2())
+    setattr(model.peft_config["default"], field, value)
+    with pytest.raises((TypeError, ValueError), match=f"`{field}` must be"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("adapter_*"))
+
+
+def test_every_linear_layer_is_meant_by_a_list_that_says_so(tiny_qwen2):
+    model = adapted(tiny_qwen2(), target_modules=["all-linear"])
+    assert len(model.base_model.bank.vectors("default").plan.index) == 14
+
+
+@pytest.mark.bad_input("a field of the configuration")
+@pytest.mark.parametrize(
+    ("fixed", "message"),
+    [({"u": 0}, "`u` must be at least 1, got 0"), ({"n_tie": "some"}, "`n_tie` must be an integer, got 'some'")],
+)
+def test_what_is_fixed_in_a_budget_is_checked(tiny_qwen2, fixed, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        TinyLoraConfig.for_budget(tiny_qwen2(), 13, **fixed)
 
 
 @pytest.mark.bad_input("a model")
@@ -219,12 +254,35 @@ def test_no_adapter_is_named_as_the_base_in_a_mixed_batch(tiny_qwen2):
 
 
 @pytest.mark.bad_input("a name")
+@pytest.mark.parametrize("name", ["", "a.b"])
+@pytest.mark.parametrize("fields", [{}, {"r": 3}], ids=["as the first", "other factors"])
+def test_a_name_that_no_module_can_have_is_refused(tiny_qwen2, token_ids, name, fields):
+    model = adapted(tiny_qwen2())
+    names = [part for part, _ in model.named_modules()]
+    with pytest.raises(ValueError, match=f"name must be a text without dots, got '{name}'"):
+        model.add_adapter(name, TinyLoraConfig(**fields))
+    assert [part for part, _ in model.named_modules()] == names and list(model.peft_config) == ["default"]
+    model(token_ids)
+
+
+@pytest.mark.bad_input("a name")
 def test_a_text_is_no_list_of_names(tiny_qwen2, token_ids):
     model = adapted(tiny_qwen2()).eval()
     with pytest.raises(TypeError, match="`adapter_names` must be a list.*got 'default'"):
         model(token_ids, adapter_names="default")
     with pytest.raises(TypeError, match=r"`adapter_names` must be a list.*got \[1, 2\]"):
         model(token_ids, adapter_names=[1, 2])
+    # A set has no order.
+    with pytest.raises(TypeError, match="`adapter_names` must be a list.*got {'default'}"):
+        model(token_ids, adapter_names={"default"})
+
+
+@pytest.mark.bad_input("a name")
+def test_an_adapter_is_made_active_once(tiny_qwen2):
+    model = adapted(tiny_qwen2())
+    with pytest.raises(ValueError, match=r"each adapter must be named once, got \['default', 'default'\]"):
+        model.base_model.set_adapter(["default", "default"])
+    assert model.active_adapters == ["default"]
 
 
 @pytest.mark.bad_input("a name")
@@ -244,6 +302,8 @@ def test_merging_an_adapter_that_is_not_there_is_refused(tiny_qwen2, token_ids):
         model.merge_adapter(["default", "nope"])
     with pytest.raises(ValueError, match="Adapter nope not found"):
         model.merge_and_unload(adapter_names=["nope"])
+    with pytest.raises(TypeError, match=r"should be a list of strings, got \[5\]"):
+        model.merge_adapter([5])
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -253,6 +313,24 @@ def test_a_sum_with_weights_that_are_not_finite_is_refused(tiny_qwen2, weight):
     model = adapted(tiny_qwen2())
     with pytest.raises(ValueError, match="`weights` must be finite"):
         model.base_model.add_weighted_adapter(["default"], [weight], "sum")
+    assert list(model.peft_config) == ["default"]
+
+
+@pytest.mark.bad_input("a weight of a sum")
+@pytest.mark.parametrize(
+    ("adapters", "weights", "error", "message"),
+    [
+        (["default"], ["1x"], TypeError, r"`weights` must be numbers, got \['1x'\]"),
+        (["default"], [None], TypeError, r"`weights` must be numbers, got \[None\]"),
+        (["default"], 1, TypeError, "must be lists"),
+        ("default", [1] * 7, TypeError, "must be lists"),
+        (["default"], [1e42], ValueError, "exceeds what float32 can hold"),
+    ],
+)
+def test_a_sum_that_cannot_be_is_refused(tiny_qwen2, adapters, weights, error, message):
+    model = adapted(tiny_qwen2(), init_weights=False)
+    with pytest.raises(error, match=message):
+        model.base_model.add_weighted_adapter(adapters, weights, "sum")
     assert list(model.peft_config) == ["default"]
 
 

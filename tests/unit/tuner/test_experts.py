@@ -214,7 +214,7 @@ def test_a_saved_adapter_gives_the_same_logits_in_every_loader(family, token_ids
     ).eval()
     set_values(model)
     model.save_pretrained(folder)
-    assert (folder / "adapter_model.safetensors").stat().st_size < 400
+    assert (folder / "adapter_model.safetensors").stat().st_size < 1000
     by_peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), folder)
     by_transformers = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     by_transformers.load_adapter(str(folder))

@@ -671,12 +671,14 @@ def test_adapters_may_have_other_names(tiny_qwen2, token_ids, tmp_path, adapter)
     assert torch.equal(logits_of(loaded, token_ids), logits_of(model, token_ids))
 
 
-def test_the_file_holds_the_values_and_nothing_else(saved):
+def test_the_file_holds_the_values_and_whose_they_are_in_a_name(saved):
     content = (saved[0] / "adapter" / "adapter_model.safetensors").read_bytes()
     (header_length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + header_length])
     header.pop("__metadata__", None)
 
+    (owner,) = header.keys() - {KEY}
+    assert header.pop(owner)["shape"] == [0] and '"projection_seed":0' in owner
     assert header == {KEY: {"dtype": "F32", "shape": [4, 3], "data_offsets": [0, 48]}}
     assert len(content) - 8 - header_length == 4 * 12
 
