@@ -299,7 +299,8 @@ def _load(folder: Path, fields: dict, base: str) -> PeftModel:
 
     from .config import TinyLoraConfig
     from .storage.fingerprint import probes_needed, refuse_another_base, take_probe
-    from .tuner.targets import each_matrix, resolve_target_modules
+    from .tuner.targets import resolve_target_modules
+    from .tuner.weights import each_matrix
 
     config = TinyLoraConfig.from_pretrained(str(folder))
     try:

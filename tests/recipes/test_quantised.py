@@ -11,7 +11,7 @@ import trl
 import yaml
 from training.launch import prepare
 
-from trl_tinylora.tuner.targets import is_quantised
+from trl_tinylora.tuner.weights import is_quantised
 
 
 TOY = Path(__file__).parents[2] / "recipes" / "toy"

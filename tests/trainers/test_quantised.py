@@ -6,7 +6,7 @@ from quantisations import quantisation
 from transformers import AutoModelForCausalLM
 
 from trl_tinylora import TinyLoraConfig
-from trl_tinylora.tuner.targets import is_quantised
+from trl_tinylora.tuner.weights import is_quantised
 
 
 KINDS = ["nf4", "nf4 twice", "8 bits", "torchao int8"]

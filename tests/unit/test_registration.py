@@ -140,7 +140,7 @@ for name in BANNED:
 others = [m for m in sys.modules if m not in before and m.split(".")[0] != "trl_tinylora"]
 foreign = {m.split(".")[0] for m in others} - sys.stdlib_module_names
 assert not foreign and len(others) <= 10, f"import trl_tinylora imports {sorted(others)}"
-assert 0 < len(added("trl_tinylora")) <= 32, added("trl_tinylora")
+assert 0 < len(added("trl_tinylora")) <= 40, added("trl_tinylora")
 # Negative control: the check does see such an import.
 sys.path.insert(0, FOLDER)
 open(f"{FOLDER}/vllm.py", "w").close()

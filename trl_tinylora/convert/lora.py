@@ -31,7 +31,7 @@ from ..config import TinyLoraConfig
 from ..storage.atomic_write import written_whole
 from ..storage.checkpoint import PREFIX, read_fields
 from ..tuner.model import TinyLoraModel
-from ..tuner.targets import holders, unwrap
+from ..tuner.weights import holders, unwrap
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

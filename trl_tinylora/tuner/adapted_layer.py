@@ -11,8 +11,8 @@ from torch import nn
 from ..distributed import is_partitioned, local_data, set_local_data
 from .bank import TinyLoraBank, TinyLoraLayer
 from .merging import merged_weight, refuse_not_finite, restore, set_aside
-from .targets import is_quantised
 from .values import Vectors
+from .weights import is_quantised
 
 
 class AdaptedLayer(nn.Module, TinyLoraLayer):

@@ -22,7 +22,7 @@ from ..storage.checkpoint import MAX_UNCERTAINTY
 from ..storage.fingerprint import Measured, probes_needed, take_probe
 from .adapted_layer import AdaptedLayer
 from .bank import TinyLoraBank
-from .targets import Holder, expert_names, holders, is_quantised, matrices, unwrap, weight_of
+from .weights import Holder, expert_names, holders, is_quantised, matrices, unwrap, weight_of
 
 
 def compute_factors(

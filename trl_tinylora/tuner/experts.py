@@ -27,7 +27,7 @@ from .adapted_layer import AdaptedLayer
 from .bank import TinyLoraBank
 from .gradient import without_autocast
 from .plan import Plan
-from .targets import expert_names
+from .weights import expert_names
 
 
 # Of the implementation in transformers' registry.

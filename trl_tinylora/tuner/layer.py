@@ -15,7 +15,7 @@ from .bank import TinyLoraBank
 from .gradient import AddUpdate, MixedHidden
 from .mixed_batch import mixed_of_rows
 from .plan import Plan
-from .targets import shape_of, weight_of
+from .weights import shape_of, weight_of
 
 
 class Linear(AdaptedLayer):

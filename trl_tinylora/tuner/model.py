@@ -43,8 +43,9 @@ from .refusals import (
     trains_more_than_values,
     warn_of_zeros,
 )
-from .targets import holders, is_all_linear, resolve_target_modules
+from .targets import is_all_linear, resolve_target_modules
 from .values import Vectors
+from .weights import holders
 
 
 # The bank's name in the base model.

@@ -32,8 +32,8 @@ from transformers import TrainerCallback
 from ..distributed import gathered, whole
 from ..tuner.experts import Experts
 from ..tuner.layer import Linear
-from ..tuner.targets import KNOWN_DTYPES, as_OI, is_quantised
 from ..tuner.values import Vectors
+from ..tuner.weights import KNOWN_DTYPES, as_OI, is_quantised
 
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from trl_tinylora import TinyLoraConfig
 from trl_tinylora.maths.svd import truncated_svd
-from trl_tinylora.tuner import targets
+from trl_tinylora.tuner import weights
 
 
 IDS = torch.randint(3, 64, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -116,7 +116,7 @@ def test_a_torchao_weight_that_was_not_tried_is_refused_by_name(make_model, monk
     library = pytest.importorskip("torchao.quantization")
     model = make_model()
     library.quantize_(model.model, library.Int8WeightOnlyConfig())
-    monkeypatch.delitem(targets.KNOWN_QUANTISED, "torchao.quantization.Int8Tensor")
+    monkeypatch.delitem(weights.KNOWN_QUANTISED, "torchao.quantization.Int8Tensor")
     with pytest.raises(ValueError, match="q_proj is a torchao.quantization.Int8Tensor.*knows no dequantisation"):
         get_peft_model(model, TinyLoraConfig())
 
