@@ -11,7 +11,7 @@ from evaluation.arguments import GenerationArguments
 
 from comparison.arguments import ADAPTER_KEYS, CompareArguments
 from comparison.records import flat_values
-from comparison.runs import OwnSamples, Problems, RandomValues, Run, Training, Untrained, ZeroAdapter
+from comparison.runs import MODEL_KEYS, OwnSamples, Problems, RandomValues, Run, Training, Untrained, ZeroAdapter
 
 
 # The comparison's definition: the recipes of its arms agree on every other key.
@@ -188,7 +188,7 @@ class Plan:
 
     def _asked(self) -> dict:
         """What every run has: the model and the data, the test problems, and how they are answered."""
-        names = ("model_name_or_path", "model_revision", "dtype", "task", "system_prompt", "instruction", "limit")
+        names = (*MODEL_KEYS, "task", "system_prompt", "instruction", "limit")
         names += ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split")
         recipe = next(iter(self.recipes.values()))
         settings = {key: recipe[key] for key in names if key in recipe}

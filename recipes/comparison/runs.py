@@ -29,6 +29,9 @@ from trl_tinylora.tasks import get_task
 SCRIPTS: dict[str, ModuleType] = {"rl": grpo, "sft": sft}
 MAX_RECORDED_VALUES = 256
 OWN_SAMPLES = "train.jsonl"
+# Keys of a recipe that say how its model is loaded.
+MODEL_KEYS = ("model_name_or_path", "model_revision", "dtype", "load_in_8bit", "load_in_4bit")
+MODEL_KEYS += ("bnb_4bit_quant_type", "use_bnb_nested_quant")
 # transformers' two names of one argument, of which the recipes have had both: a record by either is of the same run.
 RENAMED = {"gradient_checkpointing": "activation_checkpointing"}
 
@@ -141,8 +144,7 @@ class Run(ABC):
 
     def model_args(self) -> trl.ModelConfig:
         """The recipe's arguments of the model."""
-        names = ("model_name_or_path", "model_revision", "dtype")
-        return trl.ModelConfig(**{key: self.settings[key] for key in names if key in self.settings})
+        return trl.ModelConfig(**{key: self.settings[key] for key in MODEL_KEYS if key in self.settings})
 
     def rows(self) -> list[dict]:
         """The problems, read."""

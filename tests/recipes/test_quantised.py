@@ -9,6 +9,9 @@ import pytest
 import sft
 import trl
 import yaml
+from comparison import runs
+from comparison.arguments import CompareArguments
+from comparison.plan import Plan
 from training.launch import prepare
 
 from trl_tinylora.tuner.weights import is_quantised
@@ -54,6 +57,37 @@ def test_a_recipe_trains_on_a_quantised_base_and_its_adapter_is_evaluated_there(
     with pytest.warns(UserWarning, match="another base than its own"):
         asked = evaluation(tmp_path / "model", "--output_dir", tmp_path / "other", "--other_base", "true")
         assert evaluate.main(*asked)["n_problems"] == 3
+
+
+@pytest.mark.parametrize("key", ["load_in_4bit", "load_in_8bit"])
+def test_every_run_of_a_comparison_loads_the_quantised_base(tmp_path, monkeypatch, key):
+    pytest.importorskip("bitsandbytes")
+    recipe = yaml.safe_load((TOY / "sft.yaml").read_text()) | {key: True} | SHORT["sft"]
+    recipe |= {"model_name_or_path": str(TOY / "base"), "dataset_name": str(TOY / "data"), "use_cpu": True}
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(recipe))
+    arguments = CompareArguments(
+        arms={"sft": {"label": "SFT", "recipe": str(tmp_path / "sft.yaml")}},
+        sizes={"13": {"label": "13 values", "arguments": {"n_values": 13}, "learning_rate": {"sft": 0.1}}},
+        controls={"zero": {"label": "a zero adapter", "kind": "zero", "size": "13"}},
+        seeds=[1],
+        samples=0,
+        eval_limit=2,
+        max_new_tokens=4,
+    )
+    plan, quantised = Plan(arguments), []
+    (final,), (zero,) = plan.final({"sft": {"13": {"learning_rate": 0.1}}}), plan.controls({})
+    generate = runs.evaluate
+
+    def counted(model, *args, **options):
+        quantised.append(sum(map(is_quantised, model.modules())))
+        return generate(model, *args, **options)
+
+    monkeypatch.setattr(runs, "evaluate", counted)
+    for run in (plan.untrained(), final, zero):
+        folder = tmp_path / run.name
+        folder.mkdir()
+        assert run.run(folder)["metrics"]["n_problems"] == 2
+    assert quantised == [28, 28, 28]
 
 
 @pytest.mark.bad_input("a sampler's settings or server")
