@@ -51,7 +51,7 @@ def qwen2_5_vl():
 
 
 def mapper_of(module, name):
-    """What a class of vLLM's makes of names, from its source: to import it takes torchvision, and that a GPU's torch."""
+    """What a class of vLLM's makes of names, from its source: importing it takes torchvision, built for a GPU."""
     source = Path(vllm_file).parent.joinpath("model_executor", "models", f"{module}.py").read_text()
     classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
     (value,) = (
