@@ -157,7 +157,9 @@ def _whole_weights(place: Holder, module: nn.Module) -> Iterator[Iterator[tuple[
                     weight = module.unmerged_weight(place.parameter)
                 else:
                     weight = weight_of(layer) if place.parameter == "weight" else parameter.data
-                names = place.names if weight.ndim == 2 else expert_names(place.module, layer)[place.parameter]
+                names = (
+                    place.names if place.parameter == "weight" else expert_names(place.module, layer)[place.parameter]
+                )
                 yield zip(names, matrices(layer, place.parameter, whole(weight)), strict=True)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
