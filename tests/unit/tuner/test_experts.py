@@ -215,14 +215,23 @@ def test_a_saved_adapter_gives_the_same_logits_in_every_loader(family, token_ids
     set_values(model)
     model.save_pretrained(folder)
     assert (folder / "adapter_model.safetensors").stat().st_size < 1000
-    by_peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), folder)
-    by_transformers = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    by_transformers.load_adapter(str(folder))
     with torch.no_grad():
         expected = model(token_ids).logits
         assert (expected - base(token_ids).logits).abs().max() > 0.1
-        for loaded in (by_peft, by_transformers, AutoModelForCausalLM.from_pretrained(folder)):
+
+    def assert_equal(loaded):
+        with torch.no_grad():
             torch.testing.assert_close(loaded.eval()(token_ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+    assert_equal(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), folder))
+    by_transformers = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    try:
+        by_transformers.load_adapter(str(folder))
+    except TypeError as error:
+        assert "distributed_operation" in str(error)
+        pytest.skip("this version of transformers loads no adapter of a mixture, LoRA's neither")
+    assert_equal(by_transformers)
+    assert_equal(AutoModelForCausalLM.from_pretrained(folder))
 
 
 def test_another_base_is_refused_where_one_expert_alone_differs(tmp_path):
@@ -354,6 +363,7 @@ def test_what_is_not_known_of_experts_is_refused(token_ids, tmp_path):
         model(token_ids, adapter_names=["default", "__base__"])
     with pytest.raises(NotImplementedError, match="fused experts"):
         sampling_fidelity(model)
+    pytest.importorskip("gguf")
     with pytest.raises(NotImplementedError):
         export_gguf(model, tmp_path / "adapter.gguf")
 
