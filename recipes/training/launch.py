@@ -46,7 +46,8 @@ class _Parser(trl.TrlParser):
         return namespace, unknown
 
     def set_defaults_with_config(self, **settings):
-        types = {action.dest: action.type for action in self._actions}
+        # Of those that take one value, and no list of them.
+        types = {action.dest: action.type for action in self._actions if action.nargs not in ("+", "*")}
         for name, value in settings.items():
             # argparse converts texts.
             if value is None or isinstance(value, str):

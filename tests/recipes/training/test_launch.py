@@ -3,11 +3,14 @@
 import warnings
 from pathlib import Path
 
+import grpo
 import pytest
 import sft
 import trl
 import yaml
+from comparison.arguments import CompareArguments
 from peft import get_peft_model
+from training import launch
 from training.arguments import AdapterArguments, RecipeArguments
 from training.launch import prepare, refuse_another_adapter, resume_point
 from transformers import AutoModelForCausalLM
@@ -16,6 +19,23 @@ from trl_tinylora import TinyLoraConfig
 
 
 TOY = Path(__file__).parents[3] / "recipes" / "toy"
+
+
+RECIPES = TOY.parent
+PARSED_BY = {"grpo": grpo.ARGUMENTS, "sft": sft.ARGUMENTS, "compare": (CompareArguments,)}
+FILES = [path for name in PARSED_BY for path in sorted(RECIPES.glob(f"*/{name}*.yaml"))]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(RECIPES).as_posix())
+@pytest.mark.filterwarnings("ignore")
+def test_every_recipe_of_the_repository_is_taken_from_the_command_line(monkeypatch, path):
+    monkeypatch.chdir(RECIPES.parent)
+    monkeypatch.setattr("sys.argv", [path.stem, "--config", str(path), "--output_dir", "elsewhere"])
+    # No bfloat16 on a CPU, which is not the recipes' matter.
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True, raising=False)
+    script = next(name for name in PARSED_BY if path.stem.startswith(name))
+    taken = launch.run(lambda *parsed: parsed, PARSED_BY[script])
+    assert taken[0 if script == "compare" else 1].output_dir == "elsewhere"
 
 
 def parse(name, output_dir, **changes):
