@@ -32,6 +32,25 @@ DECODER = {
     "tie_word_embeddings": False,
 }
 
+# A decoder of these sizes with experts, for transformers' configurations of several families.
+MIXTURE = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "decoder_sparse_step": 1,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+
 PAIRS = [
     ("Anna has 3 pens and buys 4. How many pens?", "3 + 4 = 7\n#### 7"),
     ("Ben has 9 cups and loses 5. How many cups?", "9 - 5 = 4\n#### 4"),

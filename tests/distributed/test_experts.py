@@ -6,7 +6,7 @@ import worker
 from cases import TOLERANCE
 from peft import PeftModel
 from runs import run_cases
-from tiny import ROWS, train_tokenizer
+from tiny import MIXTURE, ROWS, train_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 
 
@@ -30,22 +30,8 @@ CASES = [
 def mixture_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bases") / "mixture"
     tokenizer = train_tokenizer(folder)
-    config = Qwen3MoeConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        moe_intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_experts=4,
-        num_experts_per_tok=2,
-        initializer_range=0.2,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-    )
+    tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    config = Qwen3MoeConfig(**MIXTURE | {"vocab_size": len(tokenizer)} | tokens)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return str(folder)

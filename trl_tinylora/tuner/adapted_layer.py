@@ -81,7 +81,16 @@ class AdaptedLayer(nn.Module, TinyLoraLayer):
         self, parameter: str, adapter_names: Sequence[str], device: torch.device, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`left` and `right` of [`merged_weight`], from the present values."""
-        raise NotImplementedError
+        dtype = torch.promote_types(dtype, torch.float32)
+        lefts, rights = [], []
+        with torch.autocast(device.type, enabled=False):
+            for name in adapter_names:
+                vectors, index = self.place(name, parameter)
+                left_OR, right_RI = (factor.to(device, dtype) for factor in self.factors_of(vectors.plan, parameter))
+                mixed_OR = left_OR @ vectors.mixing(index).to(device, dtype)
+                lefts.append(right_RI.mT if self.is_transposed else mixed_OR)
+                rights.append(mixed_OR.mT if self.is_transposed else right_RI)
+        return torch.cat(lefts, dim=-1), torch.cat(rights, dim=-2)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:

@@ -13,7 +13,7 @@ the experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from functools import cached_property
 from typing import Optional
 
@@ -60,7 +60,12 @@ class Experts(AdaptedLayer):
                 return left_EOR[expert], right_ERI[expert]
         return None
 
-    def factors_of(self, parameter: str, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the base layer keeps its matrices as (in_features, out_features)."""
+        return self.get_base_layer().is_transposed
+
+    def factors_of(self, plan: Plan, parameter: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns U S and V^T of every expert, shapes `(experts, out_features, r)` and `(experts, r, in_features)`."""
         return self._factors[parameter, plan.factors_key]
 
@@ -131,7 +136,7 @@ class Experts(AdaptedLayer):
             left_ERO, right_ERI = self._factors_like(parameter, vectors.plan, x_SI)
             mixing_ERR, add_gradient = vectors.mixing_of_pass(index), vectors.gradient_hook(index)
             updates.append((MixedPairs.apply(x_SI, right_ERI, mixing_ERR, pairs, add_gradient), left_ERO))
-        result_SO = grouped_product(x_SI, weight if experts.is_transposed else weight.mT, pairs)
+        result_SO = grouped_product(x_SI, weight if self.is_transposed else weight.mT, pairs)
         if experts.has_bias:
             result_SO = result_SO + getattr(experts, f"{parameter}_bias")[pairs.experts]
         for mixed_SR, left_ERO in updates:
@@ -142,25 +147,10 @@ class Experts(AdaptedLayer):
         """(U S)^T and V^T as x is, with rows of zeros up to what a grouped product takes."""
         key = parameter, plan.factors_key, x.device, x.dtype
         if key not in self._cast_factors:
-            left_EOR, right_ERI = (factor.to(x.device, x.dtype) for factor in self.factors_of(parameter, plan))
+            left_EOR, right_ERI = (factor.to(x.device, x.dtype) for factor in self.factors_of(plan, parameter))
             missing = -plan.rank % max(ALIGNED_BYTES // x.dtype.itemsize, 1)
             self._cast_factors[key] = tuple(F.pad(rows, (0, 0, 0, missing)) for rows in (left_EOR.mT, right_ERI))
         return self._cast_factors[key]
-
-    def _present_update(
-        self, parameter: str, adapter_names: Sequence[str], device: torch.device, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        dtype = torch.promote_types(dtype, torch.float32)
-        lefts, rights = [], []
-        with torch.autocast(device.type, enabled=False):
-            for name in adapter_names:
-                vectors, index = self.place(name, parameter)
-                left_EOR, right_ERI = (factor.to(device, dtype) for factor in self.factors_of(parameter, vectors.plan))
-                mixed_EOR = left_EOR @ vectors.mixings(index).to(device, dtype)
-                is_transposed = self.get_base_layer().is_transposed
-                lefts.append(right_ERI.mT if is_transposed else mixed_EOR)
-                rights.append(mixed_EOR.mT if is_transposed else right_ERI)
-        return torch.cat(lefts, dim=2), torch.cat(rights, dim=1)
 
     @torch.no_grad()
     def unmerged_weight(self, parameter: str) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from typing import Optional
 
 import torch
@@ -39,7 +39,12 @@ class Linear(AdaptedLayer):
         """Returns U S and V^T, or None where no adapter with these factors was added."""
         return self._factors.get(key)
 
-    def factors_of(self, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the base layer keeps its weight as (in_features, out_features)."""
+        return isinstance(self.get_base_layer(), Conv1D)
+
+    def factors_of(self, plan: Plan, parameter: str = "weight") -> tuple[torch.Tensor, torch.Tensor]:
         """Returns U S and V^T as the adapters of a plan use them."""
         return self._factors[plan.factor_key(self.name)]
 
@@ -123,21 +128,6 @@ class Linear(AdaptedLayer):
         """
         left_OR, _ = self.factors_of(self.place(adapter_name)[0].plan)
         return sum_of_outer_products(*self._present_update("weight", [adapter_name], left_OR.device, left_OR.dtype))
-
-    def _present_update(
-        self, parameter: str, adapter_names: Sequence[str], device: torch.device, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        dtype = torch.promote_types(dtype, torch.float32)
-        lefts, rights = [], []
-        with torch.autocast(device.type, enabled=False):
-            for name in adapter_names:
-                vectors, index = self.place(name)
-                left_OR, right_RI = (factor.to(device, dtype) for factor in self.factors_of(vectors.plan))
-                mixed_OR = left_OR @ vectors.mixing(index).to(device, dtype)
-                is_transposed = isinstance(self.get_base_layer(), Conv1D)
-                lefts.append(right_RI.mT if is_transposed else mixed_OR)
-                rights.append(mixed_OR.mT if is_transposed else right_RI)
-        return torch.cat(lefts, dim=1), torch.cat(rights)
 
     @torch.no_grad()
     def unmerged_weight(self, parameter: str = "weight") -> torch.Tensor:

@@ -69,9 +69,7 @@ def resolve_target_modules(model: nn.Module, config: TinyLoraConfig) -> list[str
     asked_for = config.target_modules
     # For "all-linear" PEFT finds the output embedding of a `PreTrainedModel` only; other models name their targets.
     config = _maybe_include_all_linear_layers(copy.copy(config), model)
-    inside_adapters = tuple(
-        f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer) and name
-    )
+    outside_adapters = _outside_adapters(model)
     if is_all_linear(asked_for):
         # Those of quantisation libraries that PEFT does not take for linear layers: named, and not left out in silence.
         config.target_modules |= {
@@ -81,12 +79,8 @@ def resolve_target_modules(model: nn.Module, config: TinyLoraConfig) -> list[str
             and hasattr(module, "in_features")
             and not isinstance(module, (nn.Linear, BaseTunerLayer))
         }
-    names = [
-        name
-        for name, _ in model.named_modules()
-        if name and not name.startswith(inside_adapters) and check_target_module_exists(config, name)
-    ]
-    experts = _experts_in(model, config.target_parameters or ())
+    names = [name for name, _ in outside_adapters if name and check_target_module_exists(config, name)]
+    experts = _experts_in(outside_adapters, config.target_parameters or ())
     if is_all_linear(asked_for):
         names = _without_left_out(model, names, config.r, experts)
     if not names and not experts:
@@ -135,17 +129,17 @@ def _names_of_experts(name: str, module: nn.Module) -> dict[str, tuple[str, ...]
     return expert_names(name, inside) if is_fused_experts(inside) else {}
 
 
-def _experts_in(model: nn.Module, wanted: Collection[str]) -> list[str]:
+def _outside_adapters(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules of a model by name, adapter layers included, and not what is inside those."""
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer) and name)
+    return [(name, module) for name, module in model.named_modules() if not name.startswith(inside)]
+
+
+def _experts_in(modules: list[tuple[str, nn.Module]], wanted: Collection[str]) -> list[str]:
     """Names of the parameters that `target_parameters` asks for, by PEFT's rule: a name, or the ending of one."""
-    if not wanted:
-        return []
-    inside_adapters = tuple(
-        f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer) and name
-    )
     return [
         key
-        for name, module in model.named_modules()
-        if not name.startswith(inside_adapters)
+        for name, module in modules
         for parameter, _ in unwrap(module).named_parameters(recurse=False)
         if (key := f"{name}.{parameter}") in wanted or any(key.endswith(f".{part}") for part in wanted)
     ]

@@ -78,9 +78,9 @@ class Vectors(nn.Module):
         """Returns R of modules from the present values, gathered from all processes where they are sharded."""
         return self._mix(self.whole_values(), modules)
 
-    def mixing(self, index: int) -> torch.Tensor:
-        """Returns R of one module, as [`mixings`] does."""
-        return self.mixings(slice(index, index + 1))[0]
+    def mixing(self, index: Union[int, slice]) -> torch.Tensor:
+        """Returns R of one module, or of several, as [`mixings`] does."""
+        return self.mixings(index) if isinstance(index, slice) else self.mixings(slice(index, index + 1))[0]
 
     def mixing_of_pass(self, index: Union[int, slice]) -> torch.Tensor:
         """Returns R of one module, or of several, as of the forward pass under way.

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from plain_autograd import checkpointed, set_values, values_of
+from tiny import MIXTURE
 from torch.func import functional_call
 from transformers import (
     AutoModelForCausalLM,
@@ -25,28 +26,12 @@ from trl_tinylora.tuner.experts import Experts, Pairs, grouped_product
 pytestmark = pytest.mark.filterwarnings("ignore:2 linear layers have fewer", "ignore:`is_gradient_checkpointing`")
 
 FAMILIES = {"qwen3-moe": Qwen3MoeConfig, "qwen2-moe": Qwen2MoeConfig, "mixtral": MixtralConfig, "gpt-oss": GptOssConfig}
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "decoder_sparse_step": 1,
-    "pad_token_id": 0,
-}
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 
 
 def mixture(family="qwen3-moe", dtype=torch.float32, **overrides):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family](**SIZES | overrides))
+    model = AutoModelForCausalLM.from_config(FAMILIES[family](**MIXTURE | overrides))
     with torch.no_grad():
         for parameter in model.parameters():
             # gpt-oss's biases too, which are zero in a new model.

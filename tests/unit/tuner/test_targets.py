@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny import DECODER
+from tiny import DECODER, MIXTURE
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -17,25 +17,9 @@ from transformers import (
 from trl_tinylora import TinyLoraConfig
 
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "decoder_sparse_step": 1,
-    "initializer_range": 0.2,
-}
-
-
 def mixture(config):
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config(**SIZES)).eval()
+    return AutoModelForCausalLM.from_config(config(**MIXTURE)).eval()
 
 
 @pytest.mark.parametrize("config", [Qwen2MoeConfig, Qwen3MoeConfig])
