@@ -120,10 +120,12 @@ def recover_factors(
         if name in factors and not has_basis(name, factors[name][1], basis)
     }
     for place in holders(model, list(needed)):
-        module, there = model.get_submodule(place.module), {}
-        if isinstance(module, AdaptedLayer):
-            there = {name: module.factors((config.r, needed[name]), name) for name in place.names}
-        if None in (there or {"": None}).values():
+        module = model.get_submodule(place.module)
+        there = {
+            name: module.factors((config.r, needed[name]), name) if isinstance(module, AdaptedLayer) else None
+            for name in place.names
+        }
+        if None in there.values():
             with _whole_weights(place, module) as weights:
                 there = {
                     name: recover_basis(name, weight_OI, config.r, needed[name])
