@@ -102,7 +102,7 @@ results: $(INSTALLED)
 	$(BIN)/python recipes/tables.py
 	$(BIN)/python docs/tree.py
 	$(BIN)/python docs/bad_inputs.py --update
-	$(BIN)/python docs/trainers.py --update
+	$(BIN)/python docs/tried.py --update
 	$(BIN)/python docs/gradings.py --update
 
 quality: $(INSTALLED)

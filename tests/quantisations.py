@@ -1,7 +1,11 @@
 """The quantisations of base models that are known, as `from_pretrained` takes them, each with the library it needs."""
 
+import json
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
 
@@ -30,3 +34,38 @@ def quantisation(kind):
         pytest.importorskip("bitsandbytes")
         return BitsAndBytesConfig(**BITSANDBYTES[kind])
     return TorchAoConfig(TORCHAO[kind](pytest.importorskip("torchao.quantization")))
+
+
+def write_float8(base_folder, folder):
+    """The tiny model as a checkpoint of float8 weights with a scale for each block of 128 x 128."""
+
+    def quantise(weight):
+        scale = weight.abs().max() / torch.finfo(torch.float8_e4m3fn).max
+        return (weight / scale).to(torch.float8_e4m3fn), scale.reshape(1, 1)
+
+    settings = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    return _write(base_folder, folder, quantise, "weight_scale_inv", settings)
+
+
+def write_compressed(base_folder, folder):
+    """The tiny model as a checkpoint of compressed-tensors: int8 with a scale for each output."""
+
+    def quantise(weight):
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        return (weight / scale).round().to(torch.int8), scale
+
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+    settings = {"quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed"}
+    settings |= {"ignore": ["lm_head"], "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
+    return _write(base_folder, folder, quantise, "weight_scale", settings)
+
+
+def _write(base_folder, folder, quantise, scale_name, settings):
+    shutil.copytree(base_folder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        tensors[name], tensors[name.replace("weight", scale_name)] = quantise(tensors[name])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": settings}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

@@ -5,18 +5,10 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from PIL import Image
-from tiny import DECODER, ROWS, train_tokenizer
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-)
+from tiny import ROWS, train_tokenizer
+from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPImageProcessorPil, LlavaProcessor
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from vision_language import llava as tiny_llava
 
 from trl_tinylora import TinyLoraConfig
 
@@ -46,20 +38,10 @@ def llava(tmp_path_factory):
         chat_template=TEMPLATE,
         num_additional_image_tokens=1,
     )
-    vision = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=8,
-        patch_size=4,
-    )
-    fields = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    text = LlamaConfig(**DECODER | fields | {"max_position_embeddings": 256})
+    text = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    text["max_position_embeddings"] = 256
     torch.manual_seed(0)
-    image_token = tokenizer.convert_tokens_to_ids("<image>")
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=image_token)
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    tiny_llava(tokenizer.convert_tokens_to_ids("<image>"), **text).save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)
 

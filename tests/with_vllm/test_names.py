@@ -9,45 +9,14 @@ import ast
 from pathlib import Path
 
 import torch
-import transformers
 from peft import get_peft_model
 from safetensors.torch import load_file
-from tiny import DECODER
+from vision_language import gemma3, llava, qwen2_5_vl
 from vllm import __file__ as vllm_file
 from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.model_executor.models.utils import WeightsMapper
 
 from trl_tinylora import TinyLoraConfig, export_lora
-
-
-VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 8,
-    "patch_size": 4,
-}
-
-
-def llava():
-    text = transformers.LlamaConfig(**DECODER)
-    config = transformers.LlavaConfig(vision_config=transformers.CLIPVisionConfig(**VISION), text_config=text)
-    return transformers.LlavaForConditionalGeneration(config)
-
-
-def gemma3():
-    text = DECODER | {"head_dim": 8}
-    config = transformers.Gemma3Config(vision_config=VISION, text_config=text, mm_tokens_per_image=4)
-    return transformers.Gemma3ForConditionalGeneration(config)
-
-
-def qwen2_5_vl():
-    text = DECODER | {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
-    vision |= {"patch_size": 4, "fullatt_block_indexes": [0], "window_size": 8}
-    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
-    return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 
 def mapper_of(module, name):

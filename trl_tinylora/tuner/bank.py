@@ -181,7 +181,7 @@ class TinyLoraBank(nn.Module, TinyLoraLayer):
         refuse_unit_of_its_own(self.trl_tinylora_v, None, ())
         for name in self.active_adapters:
             vectors = None if name in self.merged_adapters else self.vectors(name)
-            if vectors is not None and vectors.plan.first_block == block:
+            if vectors is not None and block in vectors.plan.first_blocks:
                 refuse_unit_of_its_own(self.trl_tinylora_v, vectors.values_GK, vectors.plan.shape)
                 if is_fsdp(module):
                     # FSDP2 keeps a gathered and a sharded tensor for the values, of which PEFT told one.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -167,21 +166,19 @@ def _whole_weights(place: Holder, module: nn.Module) -> Iterator[Iterator[tuple[
             raise ValueError(f"{name}: {error}") from error
 
 
-def first_block(model: nn.Module, names: list[str]) -> str:
+def first_blocks(model: nn.Module, names: list[str]) -> tuple[str, ...]:
     """
-    Returns the name of the module whose input all adapted modules depend on: the sink's place.
+    Returns the modules in front of which the gradient sink stands: the first adapted block of each stack.
 
-    That is the first adapted member of a list of blocks (`model.layers.0`); the model itself, "", where there is none.
+    That is the first adapted member of a list of blocks (`model.layers.0`); for modules outside of any list the model
+    itself, "".
 
     Args:
         model (`torch.nn.Module`): The base model.
         names (`list[str]`): Names of the adapted modules in depth order.
 
     Returns:
-        `str`
-
-    Raises:
-        NotImplementedError: If a module does not lie in the same list of blocks.
+        `tuple[str, ...]`
     """
 
     def block_of(name: str) -> str:
@@ -191,17 +188,10 @@ def first_block(model: nn.Module, names: list[str]) -> str:
                 return ".".join(parts[: length + 1])
         return ""
 
-    blocks = [block_of(name) for name in names]
-    lists = Counter(block.rpartition(".")[0] for block in blocks)
-    if len(lists) > 1 or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        home = lists.most_common(1)[0][0]
-        stray = next((n for n, b in zip(names, blocks, strict=True) if b.rpartition(".")[0] != home), names[0])
-        raise NotImplementedError(
-            f"{stray} does not lie in the list of blocks {home!r} with the other adapted modules. TinyLoRA adapts one "
-            "stack of decoder blocks: leave modules outside it (a vision tower, an encoder, a head) out with "
-            "`exclude_modules`."
-        )
-    return blocks[0]
+    first = {}
+    for block in map(block_of, names):
+        first.setdefault(block.rpartition(".")[0], block)
+    return tuple(first.values())
 
 
 class ModuleTree:

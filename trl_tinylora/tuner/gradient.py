@@ -8,7 +8,8 @@ The gradient of the trained values, which arrives once per backward pass however
 A tied vector v is a leaf that hundreds of modules use. Under reentrant checkpointing autograd would accumulate such a
 leaf once per checkpointed block, which breaks DeepSpeed ZeRO-2 and 3 and is silently wrong under DDP. So each module's
 [`MixedHidden`] adds dR to a [`GradientBuffer`], and autograd uses v in one place: [`GradientSink`], in front of the
-first adapted block, whose backward pass runs after those of all modules behind it and turns the buffer into dv.
+first adapted block. All modules take R from it, so that its backward pass, which turns the buffer into dv, runs after
+theirs. Inside a reentrant checkpoint they cannot, and there it runs after those of all modules behind it.
 
 Suffixes as in `maths/decomposition.py`; T counts tokens.
 """
@@ -43,23 +44,33 @@ class GradientBuffer:
 
 class GradientSink(torch.autograd.Function):
     """
-    The hidden states unchanged; the backward pass gives v its gradient.
+    The hidden states and every R unchanged; the backward pass gives v its gradient.
+
+    It runs after those of all that takes one of the two. Of R that is its whole purpose: no gradient comes that way.
 
     Args:
-        hidden (`torch.Tensor`): What enters the first adapted block.
+        hidden (`torch.Tensor` or `None`): What enters the first adapted block, if that is in floating point.
+        mixing_MRR (`torch.Tensor`): Every module's R, shape `(modules, r, r)`.
         values_GK (`torch.Tensor`): v, shape `(groups, u)`.
         collect (`Callable`): Returns the gradient of v, shape `(groups, u)`, once all modules have added theirs.
     """
 
     @staticmethod
-    def forward(ctx, hidden: torch.Tensor, values_GK: torch.Tensor, collect: Callable[[], torch.Tensor]):
+    def forward(
+        ctx,
+        hidden: Optional[torch.Tensor],
+        mixing_MRR: torch.Tensor,
+        values_GK: torch.Tensor,
+        collect: Callable[[], torch.Tensor],
+    ):
+        ctx.set_materialize_grads(False)
         ctx.collect = collect
-        return hidden.clone()
+        return None if hidden is None else hidden.clone(), mixing_MRR.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_hidden):
-        return grad_hidden, ctx.collect() if ctx.needs_input_grad[1] else None, None
+    def backward(ctx, grad_hidden, _):
+        return grad_hidden, None, ctx.collect() if ctx.needs_input_grad[2] else None, None
 
 
 class MixedHidden(torch.autograd.Function):
@@ -74,7 +85,7 @@ class MixedHidden(torch.autograd.Function):
     Args:
         x (`torch.Tensor`): The base layer's input, shape `(..., in_features)`.
         right_RI (`torch.Tensor`): V^T, shape `(r, in_features)`, device and dtype of x.
-        mixing_RR (`torch.Tensor`): R, shape `(r, r)`, dtype float32 or wider.
+        mixing_RR (`torch.Tensor`): R, shape `(r, r)`, dtype float32 or wider, from the sink, which waits for this.
         add_gradient (`Callable` or `None`): Called with the gradient of R; `None` where v is frozen.
     """
 
@@ -116,8 +127,10 @@ class AddUpdate(torch.autograd.Function):
         ctx.left_OR = left_OR
         with without_autocast(result):
             if result.dtype == left_OR.dtype:
-                # One pass over the output, and one rounding.
-                return torch.addmm(columns(result).mT, mixed_RT.mT, left_OR.mT).view(result.shape)
+                # One pass over the output, and one rounding; and no view, since models may add to it in place.
+                updated = torch.empty(result.shape, dtype=result.dtype, device=result.device)
+                torch.addmm(columns(result).mT, mixed_RT.mT, left_OR.mT, out=columns(updated).mT)
+                return updated
             return result + (mixed_RT.mT @ left_OR.mT).view(result.shape).to(result.dtype)
 
     @staticmethod

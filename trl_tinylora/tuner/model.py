@@ -29,7 +29,7 @@ from ..storage.fingerprint import fingerprint
 from ..validation import refuse_wrong_fields
 from .adapted_layer import AdaptedLayer, refuse_quantised
 from .bank import TinyLoraBank, TinyLoraLayer
-from .build import ModuleTree, compute_factors, first_block, recover_factors
+from .build import ModuleTree, compute_factors, first_blocks, recover_factors
 from .experts import Experts
 from .layer import Linear
 from .mixed_batch import MixedBatch
@@ -88,7 +88,6 @@ class TinyLoraModel(BaseTuner):
 
         Raises:
             ValueError: If a module cannot be adapted; the message names it.
-            NotImplementedError: If the modules do not all lie behind one place where the sink can stand.
         """
         config = self.peft_config[adapter_name]
         if not isinstance(config, TinyLoraConfig):
@@ -125,7 +124,8 @@ class TinyLoraModel(BaseTuner):
         # PEFT has put names in the place of "all-linear".
         plan.target_modules = copy.copy(config.target_modules)
         plan.targets |= {as_asked_for, Plan.targets_of(config)}
-        self.bank.place_hooks(model, plan.first_block)
+        for block in plan.first_blocks:
+            self.bank.place_hooks(model, block)
 
     def _new_plan(self, model: nn.Module, bank: Optional[TinyLoraBank], adapter_name: str) -> tuple[Plan, dict]:
         """The plan that an adapter follows and the factors of its modules, once all that can be refused is accepted."""
@@ -134,7 +134,6 @@ class TinyLoraModel(BaseTuner):
         names = resolve_target_modules(model, config)
         refuse_too_large(config, len(names))
         shape = count_groups(names, config.n_tie, config.tying), config.u
-        block = first_block(model, [place.module for place in holders(model, names)])
         if config.n_tie == "all" or config.n_tie > len(names):
             config.warn_if_redundant(len(names))
         factors, measured = compute_factors(model, bank, names, config.r)
@@ -142,7 +141,8 @@ class TinyLoraModel(BaseTuner):
         refuse_unfit(adapter_name, config, {name: measured[name].probe for name in names}, shape)
         recovered = recover_factors(model, factors, config)
         rotated = {name: config.singular_bases[name] for name in recovered}
-        plan = Plan(config, names, block, factors[names[0]][0].device, measured, rotated)
+        blocks = first_blocks(model, [place.module for place in holders(model, names)])
+        plan = Plan(config, names, blocks, factors[names[0]][0].device, measured, rotated)
         return plan if bank is None else bank.same_plan(plan), factors | recovered
 
     def _create_and_replace(

@@ -26,7 +26,7 @@ class Plan:
     Args:
         config ([`TinyLoraConfig`]): The configuration of one of the adapters.
         names (`list[str]`): Names of the adapted modules in depth order.
-        first_block (`str`): Name of the block whose input they all depend on.
+        first_blocks (`tuple[str, ...]`): Name of the first adapted block of each stack.
         device (`torch.device`): Where the values live.
         measured (`dict[str, Measured]`): What is known of each module's weight beside its factors.
         rotated (`dict[str, str]`): Of modules where the adapters use other singular vectors than this machine computes,
@@ -37,7 +37,7 @@ class Plan:
         self,
         config: TinyLoraConfig,
         names: list[str],
-        first_block: str,
+        first_blocks: tuple[str, ...],
         device: torch.device,
         measured: dict[str, Measured],
         rotated: dict[str, str],
@@ -45,7 +45,7 @@ class Plan:
         self.settings = settings_of(config)
         self.rank = config.r
         self.shape = (count_groups(names, config.n_tie, config.tying), config.u)
-        self.first_block = first_block
+        self.first_blocks = first_blocks
         # Position of each module among the adapted ones.
         self.index = {name: index for index, name in enumerate(names)}
         # Configurations that name these modules, what PEFT makes of them, and the adapters that follow the plan.

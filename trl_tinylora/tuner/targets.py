@@ -16,7 +16,16 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
 from ..distributed import full_shape, is_sharded, refuse_tensor_parallel
-from .weights import KNOWN_DTYPES, KNOWN_LAYERS, expert_names, is_fused_experts, is_quantised, shape_of, unwrap
+from .weights import (
+    KNOWN_DTYPES,
+    KNOWN_LAYERS,
+    expert_names,
+    is_fused_experts,
+    is_known,
+    is_quantised,
+    shape_of,
+    unwrap,
+)
 
 
 if TYPE_CHECKING:
@@ -175,7 +184,7 @@ def _refuse_unknown_experts(name: str, model: nn.Module, rank: int) -> None:
 
 
 def _refuse_unknown(name: str, linear: nn.Module, asked_for: Union[str, Collection[str]]) -> None:
-    """Raises `ValueError` where a layer is neither one of [`KNOWN_LAYERS`] in a dtype of its own nor quantised."""
+    """Raises `ValueError` where a layer that is not quantised is not known, or is in a dtype without an SVD."""
     weight, place = getattr(linear, "weight", None), f"{type(linear).__module__}.{type(linear).__name__}"
     # compressed-tensors leaves the class as it is, and gives each layer a forward of its own.
     is_compressed = hasattr(linear, "quantization_scheme")
@@ -188,12 +197,12 @@ def _refuse_unknown(name: str, linear: nn.Module, asked_for: Union[str, Collecti
         "quantisations that docs/bases.md lists."
     )
     if isinstance(linear, nn.Embedding):
-        # Its backward pass comes after that of the gradient sink: docs/architecture.md.
+        # Why: docs/architecture.md.
         way_out = (
             "To train embeddings beside the values, name tokens in `trainable_token_indices`, or the whole module in "
             "`modules_to_save`; in `target_modules` name linear layers only."
         )
-    if is_compressed or type(linear).forward not in {known.forward for known in KNOWN_LAYERS}:
+    if is_compressed or not is_known(linear):
         raise ValueError(
             f"target_modules={asked_for!r} matches {name}, a {place}; TinyLoRA "
             f"adapts `torch.nn.Linear`, `Conv1D` and quantised layers of bitsandbytes and torchao. {way_out}"
@@ -234,9 +243,9 @@ def _without_left_out(model: nn.Module, names: list[str], rank: int, adapted_exp
         outside = [name for name in names if name not in set(inside)]
         warnings.warn(
             f'target_modules="all-linear" adapts the language model, {decoder}, and leaves out {len(outside)} linear '
-            f"layers beside it: {', '.join(outside[:3])}{', ...' if len(outside) > 3 else ''}. TinyLoRA adapts one "
-            "stack of blocks: to adapt that one instead, name its modules in `target_modules`. A new head is neither "
-            "trained nor saved unless `modules_to_save` names it.",
+            f"layers beside it: {', '.join(outside[:3])}{', ...' if len(outside) > 3 else ''}. To adapt "
+            "others, name all modules in `target_modules`. A new head is neither trained nor saved unless "
+            "`modules_to_save` names it.",
             stacklevel=2,
         )
         names = inside

@@ -43,8 +43,10 @@ class Vectors(nn.Module):
             self.register_buffer(plan.owner, torch.empty(0))
         self.is_trained = False
         self.buffer = GradientBuffer()
-        # Every module's R as of the last pass, and the state of the values that it was computed from.
+        # Every module's R as of the last pass, whether hidden states go through its sink, and the state of the values
+        # that it was computed from.
         self._mixing_MRR: Optional[torch.Tensor] = None
+        self._has_hidden = True
         self._computed_from: Optional[tuple] = None
 
     def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
@@ -82,12 +84,12 @@ class Vectors(nn.Module):
         """Returns R of one module, or of several, as [`mixings`] does."""
         return self.mixings(index) if isinstance(index, slice) else self.mixings(slice(index, index + 1))[0]
 
-    def mixing_of_pass(self, index: Union[int, slice]) -> torch.Tensor:
-        """Returns R of one module, or of several, as of the forward pass under way.
+    def mixing_of_pass(self, index: Union[int, slice], x: torch.Tensor) -> torch.Tensor:
+        """Returns R of one module, or of several that take x, as of the forward pass under way.
 
         Raises:
             RuntimeError: If the layer was reached without a pass through the first adapted block, or by a reentrant
-                checkpoint where the sink stands on R.
+                checkpoint where the sink could not wait for it.
         """
         if self._mixing_MRR is None or self._computed_from not in ((), self._state_of_values()):
             raise RuntimeError(
@@ -95,31 +97,50 @@ class Vectors(nn.Module):
                 "where the hidden states enter the first adapted block. Call the whole model."
             )
         if self._mixing_MRR.requires_grad and not torch.is_grad_enabled():
+            if not self._has_hidden:
+                raise RuntimeError(
+                    "an adapted layer was called without gradients in a training pass of a model that has no list of "
+                    "blocks and no floating-point input: reentrant checkpointing would give the values a gradient for "
+                    "each checkpoint. Pass `use_reentrant=False`, or call the layer outside `torch.no_grad()`."
+                )
+            # A reentrant checkpoint behind the sink, which would run once for each of them if they took R from it.
+            self._mixing_MRR = self._mixing_MRR.detach()
+        is_trained = torch.is_grad_enabled() and self.values_GK.requires_grad
+        if is_trained and not (x.requires_grad or self._mixing_MRR.requires_grad):
             raise RuntimeError(
-                "an adapted layer was called without gradients in a training pass of a model that has no list of "
-                "blocks and no floating-point input: reentrant checkpointing would give the values a gradient for each "
-                "checkpoint. Pass `use_reentrant=False`, or call the layer outside `torch.no_grad()`."
+                "an adapted layer in a reentrant checkpoint takes an input that does not come from the first adapted "
+                "block (the states of an image in cross-attention): its values would get no gradient. Pass "
+                "`use_reentrant=False` (`gradient_checkpointing_kwargs`), or put the layer into `exclude_modules`."
             )
         return self._mixing_MRR[index]
 
     def begin_pass(self, hidden: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
-        """Computes every module's R, without a graph, and puts the gradient sink on the hidden states.
+        """Computes every module's R, and puts the gradient sink on it and on the hidden states, where there are some.
 
-        Where there are none it stands on R: autograd waits for all modules that take it, but under reentrant
-        checkpointing it would run once for each checkpoint.
+        Autograd waits for all modules that take R or are behind the hidden states. A reentrant checkpoint has a
+        backward pass of its own for its modules, which counts on the hidden states alone.
+
+        Raises:
+            RuntimeError: If a reentrant checkpoint computes the first block of one of several stacks again.
         """
+        is_backward = torch._C._current_graph_task_id() != -1
+        is_trained = torch.is_grad_enabled() and self.values_GK.requires_grad
+        if len(self.plan.first_blocks) > 1 and is_backward and is_trained and not self._mixing_MRR.requires_grad:
+            raise RuntimeError(
+                f"the adapted modules lie in several stacks, which begin at {', '.join(self.plan.first_blocks)}: "
+                "reentrant checkpointing would give the values a gradient for each stack. Pass `use_reentrant=False` "
+                "(`gradient_checkpointing_kwargs`), or adapt one stack alone."
+            )
         with torch.no_grad(), without_autocast(self.values_GK):
             self._mixing_MRR = self._mix(self.values_GK, slice(None))
         self._computed_from = self._state_of_values()
         # Empty outside a backward pass: only one that failed half-way leaves something behind.
-        if torch._C._current_graph_task_id() == -1:
+        if not is_backward:
             self.buffer.take()
-        if not (torch.is_grad_enabled() and self.values_GK.requires_grad):
-            return hidden
-        if hidden is None:
-            self._mixing_MRR = GradientSink.apply(self._mixing_MRR, self.values_GK, self.collect)
-            return None
-        return GradientSink.apply(hidden, self.values_GK, self.collect)
+        if is_trained:
+            self._has_hidden = hidden is not None
+            hidden, self._mixing_MRR = GradientSink.apply(hidden, self._mixing_MRR, self.values_GK, self.collect)
+        return hidden
 
     def gradient_hook(self, index: Union[int, slice]) -> Optional[partial]:
         """Returns what takes the gradient of R, of one module or of several, or None where the values are frozen."""
@@ -150,6 +171,10 @@ class Vectors(nn.Module):
         # Gathered anew for every use, sharded values lie elsewhere each time, and in the layers they are not whole.
         values_GK = self.values_GK
         return () if is_sharded(values_GK) or is_lent(values_GK) else (values_GK.data_ptr(), values_GK._version)
+
+    def __getstate__(self) -> dict:
+        # What a pass has left is no part of a copy, which torch makes of leaves only.
+        return {**super().__getstate__(), "_mixing_MRR": None}
 
     def _apply(self, fn, recurse=True):
         self._mixing_MRR = None

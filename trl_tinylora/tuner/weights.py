@@ -18,6 +18,8 @@ from .quantised import of_bitsandbytes_4bit, of_bitsandbytes_8bit, of_torchao
 # derived from them that computes something else (a quantised layer) is none of them. Conv1D keeps its weight as
 # (in_features, out_features).
 KNOWN_LAYERS = (nn.Linear, Conv1D)
+# Derived from `nn.Linear`, and the same product: Falcon adds its bias after a rounding of its own.
+KNOWN_DERIVED = {"transformers.models.falcon.modeling_falcon.FalconLinear"}
 KNOWN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # The quantised ones, by the class of the layer or, in a `nn.Linear`, of its weight, and what gives the weight that they
 # compute with. Each was tried: its products, and the gradient of its input, are those of that weight.
@@ -50,13 +52,23 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
+def is_known(linear: nn.Module) -> bool:
+    """Returns whether a layer computes the product with its weight, in floating point or not."""
+    return any(type(linear).forward is known.forward for known in KNOWN_LAYERS) or _computes_as(linear) in KNOWN_DERIVED
+
+
 def dequantisation_of(linear: nn.Module) -> Optional[Callable[[nn.Module], torch.Tensor]]:
     """Returns what gives the weight of a quantised layer that is known, or None for any other one."""
-    forward, weight = type(linear).forward, type(getattr(linear, "weight", None))
-    if forward is not nn.Linear.forward:
-        # A class derived from a known one may compute something else.
-        return KNOWN_QUANTISED.get(f"{forward.__module__}.{forward.__qualname__}".removesuffix(".forward"))
+    if type(linear).forward is not nn.Linear.forward:
+        return KNOWN_QUANTISED.get(_computes_as(linear))
+    weight = type(getattr(linear, "weight", None))
     return KNOWN_QUANTISED.get(f"{weight.__module__}.{weight.__qualname__}")
+
+
+def _computes_as(linear: nn.Module) -> str:
+    """The class whose forward pass a layer has: one that is derived from a known one may compute something else."""
+    forward = type(linear).forward
+    return f"{forward.__module__}.{forward.__qualname__}".removesuffix(".forward")
 
 
 def is_quantised(linear: nn.Module) -> bool:

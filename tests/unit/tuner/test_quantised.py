@@ -4,8 +4,6 @@ Adapters on quantised base models: factors and gradients of the dequantised weig
 The libraries' own kernels on the CPU, seconds; skipped where a library is not installed.
 """
 
-import json
-import shutil
 import subprocess
 import sys
 
@@ -13,8 +11,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from plain_autograd import checkpointed, expected_gradients, set_values, values_of
-from quantisations import BITSANDBYTES, KINDS, quantisation
-from safetensors.torch import load_file, save_file
+from quantisations import BITSANDBYTES, KINDS, quantisation, write_float8
 from tiny import layers_of
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -263,21 +260,6 @@ def test_a_float8_checkpoint_that_transformers_dequantises_is_a_base_as_any(base
     loss_of(model.train()).backward()
     assert values_of(model).grad.abs().min() > 0
     model.merge_and_unload()
-
-
-def write_float8(base_folder, folder):
-    """The tiny model as a checkpoint of float8 weights with a scale for each block of 128 x 128."""
-    shutil.copytree(base_folder, folder)
-    tensors = load_file(folder / "model.safetensors")
-    for name in [name for name in tensors if name.endswith("proj.weight")]:
-        scale = tensors[name].abs().max() / torch.finfo(torch.float8_e4m3fn).max
-        tensors[name] = (tensors[name] / scale).to(torch.float8_e4m3fn)
-        tensors[f"{name}_scale_inv"] = scale.reshape(1, 1)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    settings = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
-    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": settings}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 def test_compressed_tensors_are_refused_by_name(make_model):
