@@ -26,3 +26,14 @@ NUMERIC = [
         ("sft", "grpo"), TYING, ("off", "default", "reentrant", "non-reentrant"), (1, 4)
     )
 ]
+
+
+def partitioned(cases):
+    """The same cases under ZeRO-3 that keeps nothing whole: by default it leaves small parameters, the values, so."""
+    config = {
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+    }
+    return [{**case, "arguments": {**case.get("arguments", {}), "deepspeed": config}} for case in cases]

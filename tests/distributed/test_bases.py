@@ -7,7 +7,7 @@ Fused experts, and linear layers outside the list of blocks, where v has two gra
 import pytest
 import torch
 import worker
-from cases import TOLERANCE
+from cases import TOLERANCE, partitioned
 from peft import PeftModel
 from runs import run_cases
 from tiny import MIXTURE, ROWS, train_tokenizer
@@ -75,20 +75,23 @@ def alone(folders, tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("base", BASES)
+MODES = [(mode, base) for mode in ("ddp", "zero3", "fsdp2") for base in BASES] + [("zero3 partitioned", "projections")]
+
+
 @pytest.mark.parametrize(
-    "mode", [pytest.param(mode, marks=pytest.mark.xdist_group(mode)) for mode in ("ddp", "zero3", "fsdp2")]
+    ("mode", "base"), [pytest.param(*both, marks=pytest.mark.xdist_group(both[0].partition(" ")[0])) for both in MODES]
 )
 def test_two_processes_train_the_values_as_one_does(mode, base, folders, alone, tmp_path):
     cases = cases_of(base)
-    launched = run_cases(mode, cases, str(folders[base]), ROWS, tmp_path)
+    launcher, launched_cases = ("ddp", partitioned(cases)) if mode == "zero3 partitioned" else (mode, cases)
+    launched = run_cases(launcher, launched_cases, str(folders[base]), ROWS, tmp_path)
     for name, ranks in launched.items():
         expected = alone[name]
         assert len(ranks) == 2 and max(map(abs, expected["values"])) > 100 * TOLERANCE
         for rank in ranks:
             found = rank["values"]
             assert max(abs(a - b) for a, b in zip(found, expected["values"], strict=True)) <= TOLERANCE
-            assert rank["most_whole_weights_while_building"] == (1 if mode == "zero3" else 0)
+            assert rank["most_whole_weights_while_building"] == mode.startswith("zero3")
     # What was saved loads in one process, on the whole weights.
     ids = torch.tensor(AutoTokenizer.from_pretrained(folders[base])("Anna has 3 pens")["input_ids"])[None]
     plain = AutoModelForCausalLM.from_pretrained(folders[base])

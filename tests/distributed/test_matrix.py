@@ -10,7 +10,7 @@ import subprocess
 from statistics import median
 
 import pytest
-from cases import NUMERIC, TOLERANCE
+from cases import NUMERIC, TOLERANCE, partitioned
 from records.files import update_section, write_text
 from records.launchers import MODES, RECORD, table
 from records.provenance import read_provenance
@@ -48,17 +48,6 @@ STEP_CASES = [
         ("LoRA", {"lora": {"r": 1, "target_modules": "all-linear"}}),
     )
 ]
-
-
-def partitioned(cases):
-    """The same cases under ZeRO-3 that keeps nothing whole: by default it leaves small parameters, the values, so."""
-    config = {
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-    }
-    return [{**case, "arguments": {**case.get("arguments", {}), "deepspeed": config}} for case in cases]
 
 
 def is_of_this_code(record, provenance):
