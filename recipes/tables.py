@@ -1,6 +1,6 @@
 """The generated tables: memory and the launchers' matrix in docs/launchers.md, what vLLM samples in
-docs/merging-and-vllm.md, quantised bases in docs/bases.md, the real model's comparison and the paper's numbers in the
-recipes.
+docs/merging-and-vllm.md, quantised bases in docs/bases.md, searches without gradients in docs/evolution.md, the real
+model's comparison and the paper's numbers in the recipes.
 
 python recipes/tables.py           # renews what is not current
 python recipes/tables.py --check   # changes nothing; fails if one is not current
@@ -41,13 +41,21 @@ def documents() -> dict[Path, str]:
     record = json.loads((RESULTS / "quantised.json").read_text(encoding="utf-8"))
     renewed[path] = replace_section(path.read_text(encoding="utf-8"), "quantised", quantised.table(record))
     path = RECIPES / "smollm2-135m-arithmetic" / "README.md"
-    summary = path.parent / "results" / "summary.json"
-    found = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else None
-    renewed[path] = replace_section(path.read_text(encoding="utf-8"), "comparison", readme.recipe_content(found))
+    content = readme.recipe_content(_summary(path.parent / "results"))
+    renewed[path] = replace_section(path.read_text(encoding="utf-8"), "comparison", content)
+    path = RECIPES.parent / "docs" / "evolution.md"
+    content = readme.recipe_content(_summary(RECIPES / "toy" / "evolution"), "../recipes/toy/evolution")
+    renewed[path] = replace_section(path.read_text(encoding="utf-8"), "evolution", content)
     numbers = published.read()
     for recipe in sorted({entry["recipe"] for entry in numbers["tables"]}):
         renewed[RECIPES / recipe / "README.md"] = published.renewed(recipe, numbers)
     return renewed
+
+
+def _summary(folder: Path) -> dict | None:
+    """Of a comparison's results; None where there are none yet."""
+    path = folder / "summary.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def main() -> None:

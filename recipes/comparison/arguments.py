@@ -11,7 +11,7 @@ from training.arguments import AdapterArguments
 
 
 # The file's name says the script that runs it.
-ALGORITHMS = {"grpo": "rl", "sft": "sft"}
+ALGORITHMS = {"grpo": "rl", "sft": "sft", "es": "es"}
 # What a size replaces in a recipe, as a whole: half of one adapter and half of the other would be a third.
 ADAPTER_KEYS = {item.name for item in fields(AdapterArguments)} | {
     item.name
@@ -158,7 +158,7 @@ class CompareArguments(GenerationArguments):
         return [size for size in self.sizes if size in self.arms[arm].get("sizes", self.sizes)]
 
     def algorithm_of(self, arm: str) -> str:
-        """`"rl"` or `"sft"`, as the name of the arm's recipe says."""
+        """`"rl"`, `"sft"` or `"es"`, as the name of the arm's recipe says."""
         return ALGORITHMS[Path(self.arms[arm]["recipe"]).stem]
 
     def cells(self) -> list[tuple[str, str]]:

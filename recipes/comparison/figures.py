@@ -26,6 +26,7 @@ DPI = 180
 NARROWEST = 7.6  # inches that the names below the panels need
 # What is drawn of a training, by algorithm.
 CURVES = {"rl": ("reward", "mean reward of the samples"), "sft": ("loss", "loss, nats a token")}
+CURVES["es"] = CURVES["rl"]
 
 
 def write(summary: dict, folder: str | Path) -> None:

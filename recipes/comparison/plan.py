@@ -11,7 +11,18 @@ from evaluation.arguments import GenerationArguments
 
 from comparison.arguments import ADAPTER_KEYS, CompareArguments
 from comparison.records import flat_values
-from comparison.runs import MODEL_KEYS, OwnSamples, Problems, RandomValues, Run, Training, Untrained, ZeroAdapter
+from comparison.runs import (
+    MODEL_KEYS,
+    RATE_KEYS,
+    Evolution,
+    OwnSamples,
+    Problems,
+    RandomValues,
+    Run,
+    Training,
+    Untrained,
+    ZeroAdapter,
+)
 
 
 # The comparison's definition: the recipes of its arms agree on every other key.
@@ -38,6 +49,9 @@ ALLOWED_DIFFERENCES = {
     "learning_rate": "chosen for each arm and size on the validation problems",
     "output_dir": "a folder each",
 }
+# A search without gradients has no trainer: its recipe agrees with the others on the keys that both have, but for the
+# steps, of which it makes as many as generate the other's tokens.
+OF_A_SEARCH = {"max_steps": "as many as generate RL's tokens"}
 
 
 class Plan:
@@ -65,6 +79,8 @@ class Plan:
         absent = object()
         mine, theirs = self.recipes[first], self.recipes[other]
         differing = {key for key in mine.keys() | theirs.keys() if mine.get(key, absent) != theirs.get(key, absent)}
+        if "es" in (self.arguments.algorithm_of(first), self.arguments.algorithm_of(other)):
+            differing &= (mine.keys() & theirs.keys()) - OF_A_SEARCH.keys()
         if not differing <= ALLOWED_DIFFERENCES.keys():
             raise ValueError(
                 f"{self.arguments.arms[first]['recipe']} and {self.arguments.arms[other]['recipe']} differ in "
@@ -176,15 +192,18 @@ class Plan:
         described = self.arguments.arms[arm]
         recipe = self.recipes[arm] | described.get("arguments", {})
         settings = {key: value for key, value in recipe.items() if key not in ADAPTER_KEYS | {"output_dir"}}
-        settings |= self._adapter(size, seed) | {"seed": seed, "learning_rate": float(rate)}
+        algorithm = self.arguments.algorithm_of(arm)
+        settings |= self._adapter(size, seed) | {"seed": seed, RATE_KEYS[algorithm]: float(rate)}
         asked = self._asked() | {"settings": settings, "inputs": _hashes(settings)}
         if phase == "sweep":
             asked["problems"] = replace(asked["problems"], split=self.arguments.validation_split)
         if "own_samples" in described:
             sampling = self._sampling(described["own_samples"], seed)
             asked |= {"own_samples": sampling.name, "own_samples_digest": sampling.digest}
-        asked |= self._sized(size) | {"script": self.arguments.algorithm_of(arm)}
-        return Training(name=name, phase=phase, arm=arm, arm_label=described["label"], **asked)
+        asked |= self._sized(size) | {"script": algorithm}
+        return (Evolution if algorithm == "es" else Training)(
+            name=name, phase=phase, arm=arm, arm_label=described["label"], **asked
+        )
 
     def _asked(self) -> dict:
         """What every run has: the model and the data, the test problems, and how they are answered."""

@@ -48,12 +48,13 @@ def readme_content(summary: dict) -> str:
     return "\n\n".join(parts)
 
 
-def recipe_content(summary: dict | None) -> str:
+def recipe_content(summary: dict | None, folder: str = "results") -> str:
     """
-    What the README beside a comparison's `results` folder shows of it.
+    What a page shows of a comparison, from its table to its figure.
 
     Args:
         summary (`dict`, *optional*): As [`summarize`] returns; None where nothing is committed yet.
+        folder (`str`, *optional*, defaults to `"results"`): Where report and figures lie, from the page.
     Returns:
         `str`: Markdown: whether it is complete, table, caption, figure.
     """
@@ -61,9 +62,9 @@ def recipe_content(summary: dict | None) -> str:
         return "**Running: not complete.** No result is committed yet."
     missing = summary["missing"]
     parts = [f"**Running: not complete.** {len(missing)} of its runs are still to be done."] if missing else []
-    parts += [report.table(summary), f"{report.caption(summary)} [Report](results/report.md)."]
+    parts += [report.table(summary), f"{report.caption(summary)} [Report]({folder}/report.md)."]
     if not figures.lacking("accuracy.png", summary):
-        parts.append("![Accuracy by number of trained values](results/accuracy.png)")
+        parts.append(f"![Accuracy by number of trained values]({folder}/accuracy.png)")
     return "\n\n".join(parts)
 
 

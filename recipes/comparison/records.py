@@ -8,7 +8,6 @@ from enum import Enum
 
 import numpy as np
 from training.arguments import AdapterArguments
-from transformers import TrainerState
 
 
 CURVES = (
@@ -43,16 +42,16 @@ def resolved_settings(parsed: Sequence) -> dict:
     return json.loads(json.dumps(resolved, default=str))
 
 
-def training_curve(state: TrainerState) -> dict:
+def training_curve(log: Sequence[dict]) -> dict:
     """
     What a trainer logged step by step.
 
     Args:
-        state (`TrainerState`): After training.
+        log (`Sequence[dict]`): Its records, each with `step`.
     Returns:
         `dict`: `curve`: `step` and those of `CURVES` that were logged, a list each; None where JSON has no number.
     """
-    logs = [entry for entry in state.log_history if "loss" in entry or "reward" in entry]
+    logs = [entry for entry in log if "loss" in entry or "reward" in entry]
     logged = [key for key in CURVES if any(key in entry for entry in logs)]
     curve = {"step": [entry["step"] for entry in logs]}
     return {"curve": curve | {key: [_number(entry.get(key)) for entry in logs] for key in logged}}

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 
+import es
 import grpo
 import numpy as np
 import sft
@@ -26,9 +27,11 @@ from comparison.records import resolved_settings, training_curve
 from trl_tinylora.tasks import get_task
 
 
-SCRIPTS: dict[str, ModuleType] = {"rl": grpo, "sft": sft}
+SCRIPTS: dict[str, ModuleType] = {"rl": grpo, "sft": sft, "es": es}
 MAX_RECORDED_VALUES = 256
 OWN_SAMPLES = "train.jsonl"
+# The argument of each script that a sweep chooses: a learning rate, or the first deviation of a search.
+RATE_KEYS = {"rl": "learning_rate", "sft": "learning_rate", "es": "sigma"}
 # Keys of a recipe that say how its model is loaded.
 MODEL_KEYS = ("model_name_or_path", "model_revision", "dtype", "load_in_8bit", "load_in_4bit")
 MODEL_KEYS += ("bnb_4bit_quant_type", "use_bnb_nested_quant")
@@ -266,7 +269,7 @@ class Training(Run):
     A recipe's training, and the evaluation of what it trained.
 
     Args:
-        script (`str`): `"rl"` or `"sft"`.
+        script (`str`): `"rl"`, `"sft"` or `"es"`.
         own_samples (`str`, *optional*): Name of the run whose rows it trains on, instead of the recipe's.
         own_samples_digest (`str`, *optional*): That run's digest.
     """
@@ -291,15 +294,24 @@ class Training(Run):
             settings["dataset_name"] = str(folder.parent / self.own_samples / OWN_SAMPLES)
         recipe = SCRIPTS[self.script]
         parsed = trl.TrlParser(recipe.ARGUMENTS).parse_dict(settings)
-        trainer = recipe.main(*parsed)
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        record = {"seed": trainer.args.seed, "learning_rate": trainer.args.learning_rate}
+        trained = recipe.main(*parsed)
+        record = {"seed": settings["seed"], "learning_rate": settings[RATE_KEYS[self.script]]}
         record["config"] = resolved_settings(parsed)
         if self.own_samples is not None:
             # Where they lay says nothing to others.
             record["config"]["dataset_name"] = self.own_samples
-        record |= _trained(model, parsed[-1].kept_dtype) | self._budget(trainer) | training_curve(trainer.state)
-        return record | {"metrics": self.metrics(model, trainer.processing_class, folder)}
+        model, tokenizer, course = self._outcome(trained)
+        return (
+            record
+            | _trained(model, parsed[-1].kept_dtype)
+            | course
+            | {"metrics": self.metrics(model, tokenizer, folder)}
+        )
+
+    def _outcome(self, trainer: transformers.Trainer) -> tuple:
+        """Of what the recipe returned: the model, its tokenizer, and what the record says of its course."""
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        return model, trainer.processing_class, self._budget(trainer) | training_curve(trainer.state.log_history)
 
     def _budget(self, trainer: transformers.Trainer) -> dict:
         """Steps, problems, tokens and seconds of a training."""
@@ -319,6 +331,22 @@ class Training(Run):
             "trained_tokens": round(max(entry.get("num_tokens", 0) for entry in logs)),
             "train_seconds": round(state.log_history[-1]["train_runtime"], 1),
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evolution(Training):
+    """A recipe's search without gradients, and the evaluation of what it found."""
+
+    def _outcome(self, evolved: es.Evolved) -> tuple:
+        steps = evolved.steps
+        budget = {
+            "optimizer_steps": len(steps),
+            "examples": len(steps) * self.settings["problems_per_step"],
+            "generated_tokens": sum(step["generated_tokens"] for step in steps),
+            "trained_tokens": 0,
+            "train_seconds": round(sum(step["seconds"] for step in steps), 1),
+        }
+        return evolved.model, evolved.tokenizer, budget | training_curve(steps)
 
 
 def _trained(model: torch.nn.Module, kept_dtype: str | None) -> dict:

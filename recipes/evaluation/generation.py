@@ -93,8 +93,17 @@ class TransformersGenerator(Generator):
                 digest.update(str(columns.tolist()).encode())
         return digest.hexdigest()
 
-    def generate(self, prompts: Sequence[str], samples: int, is_sampled: bool, seed: int) -> list[list[Completion]]:
+    def generate(
+        self,
+        prompts: Sequence[str],
+        samples: int,
+        is_sampled: bool,
+        seed: int,
+        adapter_names: Sequence[str] | None = None,
+    ) -> list[list[Completion]]:
+        """As of [`Generator`]; with the adapter of each prompt where `adapter_names` has them."""
         tokenizer = self.tokenizer
+        options = {} if adapter_names is None else {"adapter_names": list(adapter_names)}
         # Every value is spelled out, since what is left open comes from the model's own generation config (Qwen's
         # samples with top_k 20 and a repetition penalty).
         chosen = transformers.GenerationConfig(
@@ -119,7 +128,10 @@ class TransformersGenerator(Generator):
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
             torch.manual_seed(seed)
             output = self.model.generate(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=chosen
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                generation_config=chosen,
+                **options,
             )
         self.model.train(was_training)
         generated = [self._read(tokens) for tokens in output[:, inputs["input_ids"].shape[1] :].tolist()]

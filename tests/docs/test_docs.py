@@ -49,6 +49,7 @@ NOT_RUN = {
     ".venv/bin/python -m pytest": "a test run within a test run",
     "python recipes/grpo.py": "minutes; tests/recipes/test_recipes.py runs it for two steps",
     "python recipes/sft.py": "minutes; tests/recipes/test_recipes.py runs it for two steps",
+    "python recipes/es.py": "minutes; tests/recipes/test_es.py runs it for three steps",
     "python recipes/evaluate.py": "minutes, or a GPU; tests/recipes/test_evaluate.py runs it on a small model",
     "python recipes/compare.py": "minutes to an hour; tests/recipes/test_compare.py does each kind of its runs",
     "accelerate launch": "processes, or a GPU and hours; tests/distributed/test_recipes_launched.py launches both",

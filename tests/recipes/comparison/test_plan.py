@@ -21,15 +21,38 @@ def test_there_are_comparisons_to_test():
 @pytest.mark.parametrize("path", COMPARISON_FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_the_arms_of_a_comparison_differ_only_where_allowed(path):
     (arguments,) = trl.TrlParser((CompareArguments,)).parse_args_and_config(["--config", str(path)])
-    recipes = list(Plan(arguments).recipes.values())
+    # A search has no trainer, and a recipe of its own: see below.
+    recipes = [recipe for arm, recipe in Plan(arguments).recipes.items() if arguments.algorithm_of(arm) != "es"]
     differing = {key for recipe in recipes for key in recipe if any(recipe[key] != r.get(key) for r in recipes)}
-    assert differing and differing <= set(ALLOWED_DIFFERENCES)
+    assert differing <= set(ALLOWED_DIFFERENCES) and (differing or len(recipes) == 1)
 
 
 def test_arms_that_differ_elsewhere_are_refused(tmp_path):
     other = changed_recipe(tmp_path, "sft", max_steps=12345)
     with pytest.raises(ValueError, match=r"differ in \['max_steps'\]"):
         Plan(with_recipe(comparison(tmp_path), other, "sft"))
+
+
+def test_a_search_differs_from_rl_in_its_steps_alone_where_both_have_a_key(tmp_path):
+    path = str(TOY / "compare_es.yaml")
+    (arguments,) = trl.TrlParser((CompareArguments,)).parse_args_and_config(["--config", path])
+    rl, search = Plan(arguments).recipes.values()
+    differing = {key for key in rl.keys() & search.keys() if rl[key] != search[key]}
+    assert differing == {"max_steps", "num_generations", "output_dir"}
+    other = changed_recipe(tmp_path, "es", temperature=0.5, dataset_train_split="validation")
+    with pytest.raises(ValueError, match=r"differ in \['dataset_train_split'\]"):
+        Plan(with_recipe(arguments, other, "es"))
+
+
+def test_a_search_is_swept_by_its_first_deviation(tmp_path):
+    path = str(TOY / "compare_es.yaml")
+    (arguments,) = trl.TrlParser((CompareArguments,)).parse_args_and_config(["--config", path])
+    finals = {run.name: run for run in Plan(arguments).final(fixed_learning_rates(arguments))}
+    search, rl = finals["final-es-13-seed2"], finals["final-rl-13-seed2"]
+    assert search.settings["sigma"] == 0.1 and "learning_rate" not in search.settings
+    assert rl.settings["learning_rate"] == 0.01 and "sigma" not in rl.settings
+    assert type(search).__name__ == "Evolution" and type(rl).__name__ == "Training"
+    assert search.settings["seed"] == 2 == search.settings["projection_seed"]
 
 
 def test_the_quick_preset_is_a_part_of_the_full_one():

@@ -1,12 +1,16 @@
 """What each kind of run does and records, on the toy's base. CPU, a minute."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import trl
 from comparison import workers
+from comparison.arguments import CompareArguments
 from comparison.plan import Plan
+from comparison.rates import fixed_learning_rates
 from comparison.records import flat_values
 from evaluation.completions import read_lines
 from records import provenance
@@ -126,3 +130,18 @@ def test_the_prompted_model_is_asked_in_other_words(done):
         for name in ("untrained", "control-prompted")
     ]
     assert texts[0] != texts[1]
+
+
+def test_a_search_without_gradients_is_recorded_as_a_training_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    path = str(TOY / "compare_es.yaml")
+    (arguments,) = trl.TrlParser((CompareArguments,)).parse_args_and_config(["--config", path])
+    run = next(run for run in Plan(arguments).final(fixed_learning_rates(arguments)) if run.name == "final-es-4-seed2")
+    run.settings.update({"max_steps": 2, "population": 4, "problems_per_step": 3, "max_completion_length": 12})
+    few = replace(run.generation, samples=1, max_new_tokens=12)
+    record = replace(run, problems=replace(run.problems, limit=3), generation=few).run(tmp_path)
+    assert record["seed"] == 2 and record["learning_rate"] == 0.1 and record["config"]["population"] == 4
+    assert (record["optimizer_steps"], record["examples"], record["trained_tokens"]) == (2, 6, 0)
+    assert 24 <= record["generated_tokens"] <= 24 * 12 and record["train_seconds"] > 0
+    assert record["trained_values"] == 4 and any(flat_values(record)) and len(record["curve"]["reward"]) == 2
+    assert record["metrics"]["n_problems"] == 3 and json.dumps(record)

@@ -1,0 +1,1 @@
+"""Evolution of an adapter's values: what `es.py` is made of."""

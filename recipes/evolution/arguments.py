@@ -1,0 +1,52 @@
+"""The arguments of `es.py` beside those of RL: the search, and how its completions are sampled."""
+
+import math
+from dataclasses import dataclass, field
+
+
+@dataclass
+class EvolutionArguments:
+    """
+    How values are searched for. What has the name of an argument of [`~trl.GRPOConfig`] means the same.
+
+    Args:
+        output_dir (`str`): Folder of the adapter and of `evolution.jsonl`, a line a step.
+        max_steps (`int`, *optional*, defaults to `50`): Generations of candidates.
+        population (`int`, *optional*): Candidates a step; by default 4 + 3 ln(values), as the library has it.
+        sigma (`float`, *optional*, defaults to `0.1`): First standard deviation of the candidates' values.
+        problems_per_step (`int`, *optional*, defaults to `16`): Problems that all candidates of a step are given.
+        num_generations (`int`, *optional*, defaults to `1`): Completions of a problem by each candidate.
+        temperature (`float`, *optional*, defaults to `1.0`): Of the sampling.
+        max_completion_length (`int`, *optional*, defaults to `256`): Limit of a completion, in tokens.
+        generation_batch_size (`int`, *optional*, defaults to `256`): Completions generated at once.
+        seed (`int`, *optional*, defaults to `0`): Of the problems' order, the candidates and the sampling.
+        resume_from_checkpoint (`bool`, *optional*, defaults to `False`): Continue the run in `output_dir`.
+        disable_tqdm (`bool`, *optional*, defaults to `False`): No progress bar.
+    Raises:
+        ValueError: If a value is out of its bounds.
+    """
+
+    output_dir: str | None = field(default=None, metadata={"help": "Folder of the adapter and of evolution.jsonl."})
+    max_steps: int = field(default=50, metadata={"help": "Generations of candidates."})
+    population: int | None = field(default=None, metadata={"help": "Candidates a step."})
+    sigma: float = field(default=0.1, metadata={"help": "First standard deviation of the candidates' values."})
+    problems_per_step: int = field(default=16, metadata={"help": "Problems that all candidates of a step are given."})
+    num_generations: int = field(default=1, metadata={"help": "Completions of a problem by each candidate."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of the sampling."})
+    max_completion_length: int = field(default=256, metadata={"help": "Limit of a completion, in tokens."})
+    generation_batch_size: int = field(default=256, metadata={"help": "Completions generated at once."})
+    seed: int = field(default=0, metadata={"help": "Of the problems' order, the candidates and the sampling."})
+    resume_from_checkpoint: bool = field(default=False, metadata={"help": "Continue the run in output_dir."})
+    disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
+
+    def __post_init__(self):
+        if not self.output_dir:
+            raise ValueError("output_dir is missing: name a folder by --output_dir")
+        bounds = {"max_steps": 1, "population": 3, "problems_per_step": 1, "num_generations": 1, "seed": 0}
+        bounds |= {"max_completion_length": 1, "generation_batch_size": 1}
+        for name, bound in bounds.items():
+            if getattr(self, name) is not None and getattr(self, name) < bound:
+                raise ValueError(f"{name} must be at least {bound}, got {getattr(self, name)}")
+        for name in ("sigma", "temperature"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)}")

@@ -1,0 +1,73 @@
+"""How good candidates for v are: the mean reward of their completions, all sampled in one batch."""
+
+import copy
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from evaluation.generation import TransformersGenerator
+from peft import PeftModel
+
+
+class Candidates:
+    """
+    Adapters that differ in their values alone, of one model, whose completions share batches.
+
+    Args:
+        model ([`~peft.PeftModel`]): With the adapter "default".
+        generator (`TransformersGenerator`): Of that model.
+        count (`int`): How many candidates there are at a time.
+        batch_size (`int`): Completions generated at once.
+    """
+
+    def __init__(self, model: PeftModel, generator: TransformersGenerator, count: int, batch_size: int):
+        self.model, self.generator, self.batch_size = model, generator, batch_size
+        self.names = [f"candidate-{index}" for index in range(count)]
+        for name in self.names:
+            model.add_adapter(name, copy.deepcopy(model.peft_config["default"]))
+
+    def set_values(self, name: str, values: np.ndarray) -> None:
+        """Gives an adapter its values, shape `(values,)`."""
+        vectors = self.model.base_model.bank.vectors(name)
+        with torch.no_grad():
+            vectors.values_GK.copy_(torch.as_tensor(values).reshape(vectors.values_GK.shape))
+
+    def rewards(
+        self,
+        candidates: np.ndarray,
+        rows: Sequence[dict],
+        samples: int,
+        reward_functions: Sequence[Callable[..., list[float]]],
+        seed: int,
+    ) -> tuple[np.ndarray, int]:
+        """
+        The reward of every completion.
+
+        Args:
+            candidates (`numpy.ndarray`): Values of each, shape `(candidates, values)`.
+            rows (`Sequence[dict]`): Problems, with `prompt` and the columns that a reward reads.
+            samples (`int`): Completions of a problem by each candidate.
+            reward_functions (`Sequence[Callable]`): As TRL's trainers take them; their sum is the reward.
+            seed (`int`): Of the sampling.
+        Returns:
+            `numpy.ndarray` of shape `(candidates, problems, samples)`; and the number of tokens that were generated.
+        """
+        for name, values in zip(self.names, candidates, strict=True):
+            self.set_values(name, values)
+        apply = self.generator.tokenizer.apply_chat_template
+        texts = [apply(row["prompt"], add_generation_prompt=True, tokenize=False) for row in rows]
+        asked = [(name, place) for name in self.names for place in range(len(rows)) for _ in range(samples)]
+        completions = []
+        for start in range(0, len(asked), self.batch_size):
+            batch = asked[start : start + self.batch_size]
+            prompts, names = [texts[place] for _, place in batch], [name for name, _ in batch]
+            found = self.generator.generate(prompts, 1, True, seed + start, adapter_names=names)
+            completions += [completion for (completion,) in found]
+        columns = {key: [rows[place][key] for _, place in asked] for key in rows[0] if key != "prompt"}
+        said = [[{"role": "assistant", "content": completion.text}] for completion in completions]
+        prompts = [rows[place]["prompt"] for _, place in asked]
+        total = np.zeros(len(asked))
+        for reward in reward_functions:
+            total += reward(prompts=prompts, completions=said, **columns)
+        shape = len(self.names), len(rows), samples
+        return total.reshape(shape), sum(completion.tokens for completion in completions)

@@ -1,0 +1,56 @@
+"""The fitness of candidates: in one batch as each has it alone. A tiny model, CPU."""
+
+import numpy as np
+import pytest
+from evaluation.arguments import GenerationArguments
+from evaluation.generation import TransformersGenerator
+from evolution.candidates import Candidates
+from peft import get_peft_model
+from transformers import AutoTokenizer
+
+from trl_tinylora import TinyLoraConfig
+
+
+# Sampling that is greedy, for the order of the rows in a batch decides what is drawn.
+COLD = GenerationArguments(temperature=1e-4, max_new_tokens=6)
+PROBLEMS = ["Anna has 3 pens and buys 4. How many?", "How many cups?", "Cleo owns 22 cups."]
+ROWS = [{"prompt": [{"role": "user", "content": text}], "answer": str(place)} for place, text in enumerate(PROBLEMS)]
+
+
+def letters(prompts, completions, answer, **columns):
+    """A number from the completion, the problem and its column."""
+    texts = [completion[0]["content"] for completion in completions]
+    return [
+        (sum(map(ord, text)) % 101) + 1000 * int(gold) + 0 * len(prompt)
+        for prompt, text, gold in zip(prompts, texts, answer, strict=True)
+    ]
+
+
+@pytest.fixture
+def make(make_model, base_folder):
+    def build(count, batch_size):
+        model = get_peft_model(make_model(), TinyLoraConfig(n_tie=4)).eval()
+        generator = TransformersGenerator(model, AutoTokenizer.from_pretrained(base_folder), COLD)
+        return Candidates(model, generator, count, batch_size)
+
+    return build
+
+
+@pytest.mark.parametrize("batch_size", [100, 4])
+def test_the_rewards_of_a_batch_are_those_of_each_candidate_alone(make, batch_size):
+    values = np.random.default_rng(0).normal(0, 1.5, (3, 4))
+    together, tokens = make(3, batch_size).rewards(values, ROWS, 2, [letters], seed=0)
+    assert together.shape == (3, 3, 2) and tokens > 0
+    assert (together[:, :, 0] == together[:, :, 1]).all()
+    for candidate in range(3):
+        alone, _ = make(1, 100).rewards(values[candidate : candidate + 1], ROWS, 1, [letters], seed=5)
+        assert (alone[0, :, 0] == together[candidate, :, 0]).all()
+    # Candidates say different things, and every problem got its own column.
+    assert len(np.unique(together[:, :, 0] % 1000)) > 3
+    assert (together // 1000 == np.arange(3)[None, :, None]).all()
+
+
+def test_several_rewards_are_summed(make):
+    once, _ = make(2, 100).rewards(np.zeros((2, 4)), ROWS, 1, [letters], seed=0)
+    twice, _ = make(2, 100).rewards(np.zeros((2, 4)), ROWS, 1, [letters, letters], seed=0)
+    assert (twice == 2 * once).all()
