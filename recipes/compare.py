@@ -13,7 +13,7 @@ import sys
 
 from comparison import readme, report, summary
 from comparison.arguments import CompareArguments
-from comparison.plan import ALLOWED_DIFFERENCES, Plan
+from comparison.plan import Plan
 from comparison.rates import choose_learning_rates, fixed_learning_rates, lacking_rates, rule
 from comparison.runs import Run
 from comparison.workers import Progress, Workers
@@ -106,7 +106,7 @@ class Comparison:
         missing = [name for name in self.progress.algorithms if name not in records | swept]
         seconds = sum(record["wall_seconds"] for record in swept.values())
         return summary.summarize(
-            list(records.values()), rates, missing, ALLOWED_DIFFERENCES, seconds, arguments.grading
+            list(records.values()), rates, missing, self.plan.allowed_differences, seconds, arguments.grading
         )
 
 

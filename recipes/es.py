@@ -3,14 +3,16 @@
     python recipes/es.py --config recipes/toy/es.yaml --output_dir results/es-13
     python recipes/es.py --config recipes/toy/es.yaml --output_dir results/es-13 --resume_from_checkpoint true
 
-A candidate is a v. Its fitness is the mean reward of its completions, and all candidates of a step complete the same
-problems, in batches whose rows have adapters of their own. There is no backward pass, no trainer and no state of an
-optimiser: it takes the memory of inference, and works on every base that generates.
+A candidate is a v. Its fitness is the mean reward of its completions. All candidates of a step get the same problems,
+in batches whose rows have adapters of their own. There is no backward pass, no trainer and no state of an optimiser: it
+takes the memory of inference, and works on every base that generates.
 """
 
+import json
+import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import cma
@@ -18,16 +20,17 @@ import numpy as np
 import torch
 import transformers
 import trl
+from datasets import Dataset
 from evaluation.arguments import GenerationArguments
 from evaluation.generation import TransformersGenerator, load_model
 from evolution.arguments import EvolutionArguments
 from evolution.candidates import Candidates
 from evolution.search import Log, Search
 from peft import PeftModel, get_peft_model
-from records.provenance import read_provenance
 from tqdm.auto import tqdm
 from training.arguments import AdapterArguments, RLArguments, build_peft_config
-from training.launch import refuse_unfit_folder, run
+from training.card import made_with
+from training.launch import refuse_missing, refuse_unfit_folder, run
 
 from trl_tinylora import TinyLoraConfig
 from trl_tinylora.sources import ADAPTER_FILE, refuse_unfit_base
@@ -37,6 +40,8 @@ from trl_tinylora.tasks import get_task
 
 ARGUMENTS = (RLArguments, EvolutionArguments, trl.ModelConfig, AdapterArguments)
 LOG = "evolution.jsonl"
+# Of the adapter, what its candidates mean.
+CONFIG_FIELDS = ("r", "u", "n_tie", "tying", "projection", "projection_seed", "target_modules", "save_dtype")
 
 
 @dataclass
@@ -69,31 +74,22 @@ def main(
     Returns:
         `Evolved`
     Raises:
-        ValueError: If arguments contradict each other, one is missing, or the run to be continued is another one.
+        ValueError: If arguments contradict each other, one is missing, the search to be continued is another one, or a
+            launcher started several processes.
         FileExistsError: If the output folder already holds a run.
-        FileNotFoundError: If there is no run to be continued.
+        FileNotFoundError: If there is no search to be continued.
+        FloatingPointError: If the logits of a candidate or a reward are not finite.
     """
-    log = _log_of(args)
-    for name, given in (
-        ("model_name_or_path", model_args.model_name_or_path),
-        ("dataset_name", script_args.dataset_name),
-    ):
-        if given is None:
-            raise ValueError(f"{name} is missing: give --{name}, or a recipe that names it by --config")
+    _refuse(script_args, args)
+    refuse_missing(script_args, model_args)
     refuse_unfit_base(model_args.model_name_or_path, model_args.model_revision)
     config = build_peft_config(adapter_args, model_args)
     if not isinstance(config, TinyLoraConfig):
         raise ValueError(f"adapter={adapter_args.adapter!r} has too many values to search for: set it to 'tinylora'")
 
-    task, rewards = get_task(script_args.task), script_args.reward_functions()
-    rows = task.load_rows(
-        script_args.dataset_name, script_args.dataset_train_split, script_args.dataset_config, script_args.limit
-    )
-    # In the order in which RL and SFT see them with `train_sampling_strategy: sequential`.
-    rows = task.for_rl(rows.shuffle(seed=args.seed), script_args.system_prompt, script_args.instruction)
-    if len(rows) < args.problems_per_step:
-        raise ValueError(f"problems_per_step={args.problems_per_step}, but there are {len(rows)} problems: lower it")
-
+    # Before the adapter is made, which puts the modules' names into the configuration.
+    log = Log(Path(args.output_dir, LOG), _settings(script_args, args, model_args, config))
+    rows, rewards = _rows(script_args, args), script_args.reward_functions()
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         model_args.model_name_or_path, revision=model_args.model_revision
     )
@@ -104,14 +100,16 @@ def main(
     )
     size = model.base_model.bank.vectors("default").values_GK.numel()
     search = Search(size, args.sigma, args.population, args.seed)
-    candidates = Candidates(
-        model, TransformersGenerator(model, tokenizer, generation), search.population, args.generation_batch_size
-    )
-    settings = _settings(script_args, args, model_args, config)
+    dtype = getattr(torch, adapter_args.kept_dtype or "float32")
+    generator = TransformersGenerator(model, tokenizer, generation)
+    candidates = Candidates(model, generator, search.population, args.generation_batch_size, dtype)
     if args.resume_from_checkpoint:
-        log.replay(search, settings)
-    else:
-        log.begin(settings)
+        log.replay(search)
+        if len(log.steps) >= args.max_steps:
+            raise ValueError(
+                f"{log.path} has {len(log.steps)} steps, and max_steps is {args.max_steps}: nothing is left to search. "
+                "Raise max_steps to go on"
+            )
 
     print(
         f"Searching {size} value{'s' if size > 1 else ''} (TinyLoRA, r={config.r}, u={config.u}, n_tie={config.n_tie}, "
@@ -119,28 +117,13 @@ def main(
         f"problems x {args.num_generations}",
         flush=True,
     )
-    per_epoch = len(rows) // args.problems_per_step
     bar = tqdm(range(len(log.steps), args.max_steps), disable=args.disable_tqdm, unit="step")
     for step in bar:
-        began = time.perf_counter()
-        start = step % per_epoch * args.problems_per_step
-        asked = [rows[place] for place in range(start, start + args.problems_per_step)]
-        tried = search.ask()
-        found, tokens = candidates.rewards(tried, asked, args.num_generations, rewards, _seed_of(args.seed, step))
-        fitness = found.mean(axis=(1, 2))
-        search.tell(tried, fitness.tolist())
-        log.add(
-            {
-                "step": step + 1,
-                "reward": round(float(fitness.mean()), 6),
-                "fitness": fitness.tolist(),
-                "sigma": search.sigma,
-                "mean": search.mean.tolist(),
-                "generated_tokens": tokens,
-                "seconds": round(time.perf_counter() - began, 3),
-            }
+        log.add(_take_step(step, search, candidates, rows, rewards, args))
+        found = log.steps[-1]
+        bar.set_postfix(
+            reward=f"{found['reward']:.3f}", best=f"{max(found['fitness']):.3f}", sigma=f"{search.sigma:.3g}"
         )
-        bar.set_postfix(reward=f"{fitness.mean():.3f}", best=f"{fitness.max():.3f}", sigma=f"{search.sigma:.3g}")
 
     for name in candidates.names:
         model.delete_adapter(name)
@@ -162,49 +145,91 @@ def main(
     return Evolved(model, tokenizer, log.steps)
 
 
-def _log_of(args: EvolutionArguments) -> Log:
-    """The log in the output folder, which is to be there or not."""
+def _refuse(script_args: RLArguments, args: EvolutionArguments) -> None:
+    """Raises where a search cannot be made, or would write over another one."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1:
+        raise ValueError(f"es.py searches in one process, and the launcher started {processes}: start it without one")
+    if script_args.rollouts != "merged":
+        raise ValueError(f"es.py samples with transformers, and rollouts is {script_args.rollouts!r}: drop it")
     refuse_unfit_folder(args.output_dir)
     folder = Path(args.output_dir)
-    path = folder / LOG
-    if args.resume_from_checkpoint:
-        if not path.is_file():
-            raise FileNotFoundError(f"resume_from_checkpoint is true, but {path} is not there: start anew without it")
-        if (folder / ADAPTER_FILE).exists():
-            raise FileExistsError(f"{args.output_dir!r} holds a finished run: choose another --output_dir")
-    elif path.exists() or (folder / ADAPTER_FILE).exists():
-        raise FileExistsError(
-            f"output_dir={args.output_dir!r} already holds a run: choose another --output_dir, delete the folder, or "
-            "continue with --resume_from_checkpoint true"
+    has_log, is_finished = (folder / LOG).is_file(), (folder / ADAPTER_FILE).exists()
+    if args.resume_from_checkpoint and not has_log:
+        raise FileNotFoundError(
+            f"resume_from_checkpoint is true, but {folder / LOG} is not there: start anew without it"
         )
-    return Log(path)
+    if not args.resume_from_checkpoint and (has_log or is_finished):
+        state = "a finished run" if is_finished else "an interrupted search"
+        way_out = f"continue with --resume_from_checkpoint true{' and a higher --max_steps' if is_finished else ''}"
+        raise FileExistsError(
+            f"output_dir={args.output_dir!r} already holds {state}: choose another --output_dir, delete the folder"
+            + (f", or {way_out}" if has_log else "")
+        )
 
 
-def _settings(script_args, args, model_args, config: TinyLoraConfig) -> dict:
-    """What candidates and rewards follow from; more steps are the same run."""
-    names = ("task", "system_prompt", "instruction", "limit", "dataset_name", "dataset_train_split", "reward")
-    found = {name: getattr(script_args, name) for name in names}
-    names = ("population", "sigma", "problems_per_step", "num_generations", "temperature", "max_completion_length")
-    found |= {name: getattr(args, name) for name in (*names, "generation_batch_size", "seed")}
-    found |= {name: getattr(model_args, name) for name in ("model_name_or_path", "model_revision", "dtype")}
-    found |= {name: getattr(model_args, name) for name in ("load_in_4bit", "load_in_8bit")}
-    found |= {name: getattr(config, name) for name in ("r", "u", "n_tie", "tying", "projection", "projection_seed")}
-    return found | {"cma": cma.__version__}
+def _settings(
+    script_args: RLArguments, args: EvolutionArguments, model_args: trl.ModelConfig, config: TinyLoraConfig
+) -> dict:
+    """All settings that candidates and rewards follow from; `max_steps` is not among them."""
+    others = {"output_dir", "max_steps", "resume_from_checkpoint", "disable_tqdm", "dataset_test_split", "rollouts"}
+    found = asdict(script_args) | asdict(args) | asdict(model_args)
+    found |= {name: getattr(config, name) for name in CONFIG_FIELDS}
+    # What JSON makes of them, which is what the log holds.
+    kept = {name: value for name, value in found.items() if name not in others and not name.startswith("lora_")}
+    return json.loads(json.dumps(kept | {"cma": cma.__version__}, default=_as_json, sort_keys=True))
 
 
-def _seed_of(seed: int, step: int) -> int:
-    """Of a step's sampling, far from those of other steps and runs."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+def _as_json(value: object) -> list | str:
+    return sorted(value) if isinstance(value, set) else str(value)
 
 
-def _described(script_args, args: EvolutionArguments, search: Search, log: Log) -> str:
+def _rows(script_args: RLArguments, args: EvolutionArguments) -> Dataset:
+    """The problems, in the order in which RL and SFT see them with `train_sampling_strategy: sequential`."""
+    task = get_task(script_args.task)
+    rows = task.load_rows(
+        script_args.dataset_name, script_args.dataset_train_split, script_args.dataset_config, script_args.limit
+    )
+    if len(rows) < args.problems_per_step:
+        raise ValueError(f"problems_per_step={args.problems_per_step}, but there are {len(rows)} problems: lower it")
+    return task.for_rl(rows.shuffle(seed=args.seed), script_args.system_prompt, script_args.instruction)
+
+
+def _take_step(
+    step: int, search: Search, candidates: Candidates, rows: Dataset, rewards: list, args: EvolutionArguments
+) -> dict:
+    """Tries the next candidates on the next problems, and returns the step's record."""
+    began = time.perf_counter()
+    start = step % (len(rows) // args.problems_per_step) * args.problems_per_step
+    asked = [rows[place] for place in range(start, start + args.problems_per_step)]
+    # Far from the seeds of other steps and runs.
+    seed = int(np.random.SeedSequence([args.seed, step]).generate_state(1)[0])
+    tried = search.ask()
+    found, tokens = candidates.rewards(tried, asked, args.num_generations, rewards, seed)
+    fitness = found.mean(axis=(1, 2))
+    search.tell(tried, fitness.tolist())
+    return {
+        "step": step + 1,
+        "reward": round(float(fitness.mean()), 6),
+        "fitness": fitness.tolist(),
+        "sigma": search.sigma,
+        "mean": search.mean.tolist(),
+        "problems": len(asked),
+        "generated_tokens": tokens,
+        "seconds": round(time.perf_counter() - began, 3),
+    }
+
+
+def _described(script_args: RLArguments, args: EvolutionArguments, search: Search, log: Log) -> str:
     """For the model card."""
-    versions = read_provenance()["versions"]
-    names = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft"))
+    tokens = sum(step["generated_tokens"] for step in log.steps)
     return (
-        f"## Training\n\nCMA-ES (cma {cma.__version__}) on `{script_args.dataset_name}`: {len(log.steps)} steps of "
-        f"{search.population} candidates, {args.problems_per_step} problems a step, sigma {args.sigma:g}, seed "
-        f"{args.seed}, {sum(step['generated_tokens'] for step in log.steps):,} generated tokens. {names}."
+        f"## Training\n\nA search without gradients, by CMA-ES (cma {cma.__version__}), on "
+        f"`{script_args.dataset_name}` ({script_args.dataset_train_split}, task {script_args.task}, reward "
+        f"{' + '.join(script_args.reward)}): {len(log.steps)} steps of {search.population} candidates x "
+        f"{args.problems_per_step} problems x {args.num_generations}, sigma {args.sigma:g}, temperature "
+        f"{args.temperature:g}, at most {args.max_completion_length} tokens, seed {args.seed}. {made_with()}."
+        f"\n\nLast record: reward {log.steps[-1]['reward']:.4g}, {tokens:,} tokens generated in all."
     )
 
 

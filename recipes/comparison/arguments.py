@@ -11,7 +11,9 @@ from training.arguments import AdapterArguments
 
 
 # The file's name says the script that runs it.
-ALGORITHMS = {"grpo": "rl", "sft": "sft", "es": "es"}
+ALGORITHMS = {"grpo": "rl", "es": "es", "sft": "sft"}
+# The long runs first.
+ORDER = list(ALGORITHMS.values())
 # What a size replaces in a recipe, as a whole: half of one adapter and half of the other would be a third.
 ADAPTER_KEYS = {item.name for item in fields(AdapterArguments)} | {
     item.name
@@ -30,10 +32,10 @@ class CompareArguments(GenerationArguments):
     A comparison: its arms, the sizes of the update, controls, the seeds, and where things go.
 
     Args:
-        arms (`dict`): By name: `label`, `recipe` (the YAML, named after its script: `grpo.yaml` or `sft.yaml`), and
-            optionally `arguments` (of the recipe, that this arm changes), `own_samples` (train on the untrained model's
-            own right answers, out of so many samples a problem), `rates_of` (an arm whose learning rates are taken)
-            and `sizes` (of all, by default).
+        arms (`dict`): By name: `label`, `recipe` (the YAML, named after its script: `grpo.yaml`, `sft.yaml` or
+            `es.yaml`), and optionally `arguments` (of the recipe, that this arm changes), `own_samples` (train on the
+            untrained model's own right answers, out of so many samples a problem), `rates_of` (an arm whose learning
+            rates are taken) and `sizes` (of all, by default).
         sizes (`dict`): By name: `label`, `arguments` (of the adapter) and `learning_rate` (by arm; used without a
             sweep) or `learning_rates` (a grid by arm; used by a sweep).
         controls (`dict`): By name: `label`, `kind` and its keys: `"zero"` (`size`: that adapter, untrained),
@@ -119,7 +121,9 @@ class CompareArguments(GenerationArguments):
             where = f"arms[{name!r}]"
             _check_keys(where, arm, ARM_KEYS, {"label", "recipe"})
             if Path(arm["recipe"]).stem not in ALGORITHMS:
-                raise ValueError(f"{where}.recipe must be a grpo.yaml or an sft.yaml, got {arm['recipe']!r}")
+                raise ValueError(
+                    f"{where}.recipe must be a grpo.yaml, an sft.yaml or an es.yaml, got {arm['recipe']!r}"
+                )
             _check_names(where, "sizes", arm, self.sizes)
             _check_names(where, "rates_of", arm, self.arms)
 
@@ -163,7 +167,7 @@ class CompareArguments(GenerationArguments):
 
     def cells(self) -> list[tuple[str, str]]:
         """Arm and size of everything that is trained, RL first: its runs are the long ones."""
-        arms = sorted(self.arms, key=self.algorithm_of)
+        arms = sorted(self.arms, key=lambda arm: ORDER.index(self.algorithm_of(arm)))
         return [(arm, size) for arm in arms for size in self.sizes_of(arm)]
 
     def rates_from(self, arm: str) -> str:

@@ -2,7 +2,8 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from comparison.records import flat_values
 from comparison.runs import (
     MODEL_KEYS,
     RATE_KEYS,
+    SCRIPTS,
     Evolution,
     OwnSamples,
     Problems,
@@ -49,9 +51,10 @@ ALLOWED_DIFFERENCES = {
     "learning_rate": "chosen for each arm and size on the validation problems",
     "output_dir": "a folder each",
 }
-# A search without gradients has no trainer: its recipe agrees with the others on the keys that both have, but for the
-# steps, of which it makes as many as generate the other's tokens.
-OF_A_SEARCH = {"max_steps": "as many as generate RL's tokens"}
+# A search without gradients has no trainer, and so fewer keys; of those that it knows it may differ in this one too.
+OF_A_SEARCH = {"max_steps": "search only: as many as sample RL's number of completions"}
+# Of completions, between a search and RL: a search samples whole populations.
+SAME_BUDGET = 0.05
 
 
 class Plan:
@@ -71,22 +74,54 @@ class Plan:
             name: yaml.safe_load(Path(arm["recipe"]).read_text(encoding="utf-8"))
             for name, arm in arguments.arms.items()
         }
-        first, *others = self.recipes
-        for other in others:
+        for first, other in combinations(self.recipes, 2):
             self._refuse_other_differences(first, other)
+        for arm in self.recipes:
+            if arguments.algorithm_of(arm) == "es":
+                self._refuse_unfit_search(arm)
+
+    @property
+    def allowed_differences(self) -> dict[str, str]:
+        """Keys in which the arms' recipes may differ, and why."""
+        is_searched = "es" in map(self.arguments.algorithm_of, self.recipes)
+        return ALLOWED_DIFFERENCES | (OF_A_SEARCH if is_searched else {})
 
     def _refuse_other_differences(self, first, other):
         absent = object()
         mine, theirs = self.recipes[first], self.recipes[other]
         differing = {key for key in mine.keys() | theirs.keys() if mine.get(key, absent) != theirs.get(key, absent)}
         if "es" in (self.arguments.algorithm_of(first), self.arguments.algorithm_of(other)):
-            differing &= (mine.keys() & theirs.keys()) - OF_A_SEARCH.keys()
+            known = (_known_to(SCRIPTS[self.arguments.algorithm_of(arm)]) for arm in (first, other))
+            differing = differing.intersection(*known) - OF_A_SEARCH.keys()
         if not differing <= ALLOWED_DIFFERENCES.keys():
             raise ValueError(
                 f"{self.arguments.arms[first]['recipe']} and {self.arguments.arms[other]['recipe']} differ in "
                 f"{sorted(differing - ALLOWED_DIFFERENCES.keys())}: make them agree, or say in ALLOWED_DIFFERENCES of "
                 "recipes/comparison/plan.py why they may not"
             )
+
+    def _refuse_unfit_search(self, arm):
+        for size in self.arguments.sizes_of(arm):
+            adapter = self.arguments.sizes[size]["arguments"].get("adapter", "tinylora")
+            if adapter != "tinylora":
+                raise ValueError(
+                    f"arms[{arm!r}] is a search, for which adapter={adapter!r} of sizes[{size!r}] has too many values: "
+                    "list the arm's sizes"
+                )
+        search = self.recipes[arm]
+        per_problem = search.get("num_generations", 1)
+        if "population" not in search or "problems_per_step" not in search:
+            raise ValueError(f"{self.arguments.arms[arm]['recipe']} needs population and problems_per_step: its budget")
+        sampled = search["max_steps"] * search["population"] * search["problems_per_step"] * per_problem
+        for other, recipe in self.recipes.items():
+            if self.arguments.algorithm_of(other) == "rl":
+                batch = recipe["per_device_train_batch_size"] * recipe.get("gradient_accumulation_steps", 1)
+                if abs(sampled - recipe["max_steps"] * batch) > SAME_BUDGET * recipe["max_steps"] * batch:
+                    raise ValueError(
+                        f"{self.arguments.arms[arm]['recipe']} samples {sampled:,} completions, and "
+                        f"{self.arguments.arms[other]['recipe']} {recipe['max_steps'] * batch:,}: budgets differ by "
+                        f"more than {SAME_BUDGET:.0%}. Change its max_steps"
+                    )
 
     def untrained(self) -> Untrained:
         """The evaluation of the untrained model on the test problems."""
@@ -231,6 +266,11 @@ class Plan:
 
     def _sized(self, size) -> dict:
         return {"size": size, "label": self.arguments.sizes[size]["label"]}
+
+
+def _known_to(script) -> set[str]:
+    """The keys that a script takes in its YAML."""
+    return {item.name for described in script.ARGUMENTS for item in fields(described)}
 
 
 def _final_name(arm, size, seed) -> str:

@@ -88,7 +88,7 @@ class Run(ABC):
 
     @property
     def algorithm(self) -> str | None:
-        """`"rl"` or `"sft"`; `None` for what trains nothing."""
+        """`"rl"`, `"sft"` or `"es"`; `None` for what trains nothing."""
         return None
 
     @property
@@ -341,7 +341,7 @@ class Evolution(Training):
         steps = evolved.steps
         budget = {
             "optimizer_steps": len(steps),
-            "examples": len(steps) * self.settings["problems_per_step"],
+            "examples": sum(step["problems"] for step in steps),
             "generated_tokens": sum(step["generated_tokens"] for step in steps),
             "trained_tokens": 0,
             "train_seconds": round(sum(step["seconds"] for step in steps), 1),

@@ -10,6 +10,10 @@ from comparison import conclusions
 from comparison.summary import BUDGET, MEASURES
 
 
+# Of the budget, where an arm has no optimiser.
+SEARCHED = ", and of RL without gradients, which takes none of an optimiser, the number of completions"
+
+
 def grid(header: str, alignment: str, rows: list[list[str]]) -> str:
     """
     A Markdown table.
@@ -155,7 +159,8 @@ def budget(summary: dict) -> str:
     return "\n\n".join(
         [
             "A run of each arm, from its smallest to its largest. Equal by design: trained values, examples and "
-            "optimiser steps. Trained tokens are those of forward and backward passes, prompts included.",
+            f"optimiser steps{SEARCHED if any(cell['algorithm'] == 'es' for cell in trained) else ''}. Trained tokens "
+            "are those of forward and backward passes, prompts included.",
             grid(header, "lrrrrr", rows),
             *_own_samples(summary),
             "The arms' recipes agree on every key but these:",

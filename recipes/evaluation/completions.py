@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-from records.files import digest_of, write_text
+from records.files import changes, digest_of, write_text
 from records.provenance import read_provenance
 
 
@@ -123,14 +123,9 @@ def _refuse_other_settings(path: Path, settings: dict) -> None:
     except FileNotFoundError as error:
         raise FileExistsError(f"{error}: choose another folder, or delete it") from error
     if made["digest"] != digest_of(settings):
-        before = made["settings"]
-        changed = [
-            f"{name}={before.get(name)!r} (now {settings.get(name)!r})"
-            for name in sorted(before.keys() | settings.keys())
-            if before.get(name) != settings.get(name)
-        ]
+        changed = ", ".join(changes(made["settings"], settings))
         raise FileExistsError(
-            f"{path} holds completions of other settings, {', '.join(changed)}: choose another folder, or delete it"
+            f"{path} holds completions of other settings, {changed}: choose another folder, or delete it"
         )
 
 

@@ -31,11 +31,13 @@ class Completion(NamedTuple):
         text (`str`): Without the tokens that end a turn.
         tokens (`int`): Its tokens, the ending one included.
         truncated (`bool`): Whether the limit cut it.
+        ids (`tuple[int, ...]`): The tokens.
     """
 
     text: str
     tokens: int
     truncated: bool
+    ids: tuple[int, ...] = ()
 
 
 class Generator(ABC):
@@ -141,7 +143,7 @@ class TransformersGenerator(Generator):
         """The text up to the token that ended it."""
         length = next((n for n, token in enumerate(tokens, start=1) if token in self.end_tokens), None)
         text = self.tokenizer.decode(tokens[:length], skip_special_tokens=True)
-        return Completion(text, len(tokens) if length is None else length, length is None)
+        return Completion(text, len(tokens[:length]), length is None, tuple(tokens[:length]))
 
 
 class VllmGenerator(Generator):

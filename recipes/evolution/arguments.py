@@ -12,7 +12,7 @@ class EvolutionArguments:
     Args:
         output_dir (`str`): Folder of the adapter and of `evolution.jsonl`, a line a step.
         max_steps (`int`, *optional*, defaults to `50`): Generations of candidates.
-        population (`int`, *optional*): Candidates a step; by default 4 + 3 ln(values), as the library has it.
+        population (`int`, *optional*): Candidates a step; by default the library's 4 + 3 ln(values).
         sigma (`float`, *optional*, defaults to `0.1`): First standard deviation of the candidates' values.
         problems_per_step (`int`, *optional*, defaults to `16`): Problems that all candidates of a step are given.
         num_generations (`int`, *optional*, defaults to `1`): Completions of a problem by each candidate.
@@ -45,8 +45,11 @@ class EvolutionArguments:
         bounds = {"max_steps": 1, "population": 3, "problems_per_step": 1, "num_generations": 1, "seed": 0}
         bounds |= {"max_completion_length": 1, "generation_batch_size": 1}
         for name, bound in bounds.items():
-            if getattr(self, name) is not None and getattr(self, name) < bound:
-                raise ValueError(f"{name} must be at least {bound}, got {getattr(self, name)}")
+            given = getattr(self, name)
+            if given is not None and (not isinstance(given, int) or given < bound):
+                raise ValueError(f"{name} must be an integer of at least {bound}, got {given}")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed must be below 2**32, got {self.seed}")
         for name in ("sigma", "temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)}")

@@ -1,4 +1,4 @@
-"""How good candidates for v are: the mean reward of their completions, all sampled in one batch."""
+"""How good candidates for v are: the rewards of their completions, in batches whose rows have adapters of their own."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -18,10 +18,18 @@ class Candidates:
         generator (`TransformersGenerator`): Of that model.
         count (`int`): How many candidates there are at a time.
         batch_size (`int`): Completions generated at once.
+        dtype (`torch.dtype`): What values are rounded to.
     """
 
-    def __init__(self, model: PeftModel, generator: TransformersGenerator, count: int, batch_size: int):
-        self.model, self.generator, self.batch_size = model, generator, batch_size
+    def __init__(
+        self,
+        model: PeftModel,
+        generator: TransformersGenerator,
+        count: int,
+        batch_size: int,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.model, self.generator, self.batch_size, self.dtype = model, generator, batch_size, dtype
         self.names = [f"candidate-{index}" for index in range(count)]
         for name in self.names:
             model.add_adapter(name, copy.deepcopy(model.peft_config["default"]))
@@ -30,7 +38,7 @@ class Candidates:
         """Gives an adapter its values, shape `(values,)`."""
         vectors = self.model.base_model.bank.vectors(name)
         with torch.no_grad():
-            vectors.values_GK.copy_(torch.as_tensor(values).reshape(vectors.values_GK.shape))
+            vectors.values_GK.copy_(torch.as_tensor(values).to(self.dtype).reshape(vectors.values_GK.shape))
 
     def rewards(
         self,
@@ -47,10 +55,13 @@ class Candidates:
             candidates (`numpy.ndarray`): Values of each, shape `(candidates, values)`.
             rows (`Sequence[dict]`): Problems, with `prompt` and the columns that a reward reads.
             samples (`int`): Completions of a problem by each candidate.
-            reward_functions (`Sequence[Callable]`): As TRL's trainers take them; their sum is the reward.
-            seed (`int`): Of the sampling.
+            reward_functions (`Sequence[Callable]`): As TRL's trainers take them; their sum is the reward, and None, for
+                "not applicable", adds nothing to it.
+            seed (`int`): Of the sampling, and of rewards that draw from torch's generator.
         Returns:
             `numpy.ndarray` of shape `(candidates, problems, samples)`; and the number of tokens that were generated.
+        Raises:
+            FloatingPointError: If a candidate's logits or a reward are not finite.
         """
         for name, values in zip(self.names, candidates, strict=True):
             self.set_values(name, values)
@@ -61,13 +72,26 @@ class Candidates:
         for start in range(0, len(asked), self.batch_size):
             batch = asked[start : start + self.batch_size]
             prompts, names = [texts[place] for _, place in batch], [name for name, _ in batch]
-            found = self.generator.generate(prompts, 1, True, seed + start, adapter_names=names)
+            try:
+                found = self.generator.generate(prompts, 1, True, seed + start, adapter_names=names)
+            except RuntimeError as error:
+                if "probability tensor" not in str(error):
+                    raise
+                largest = float(np.abs(candidates).max())
+                raise FloatingPointError(
+                    f"the logits of a candidate are not finite, with values of up to {largest:.3g}: lower --sigma"
+                ) from error
             completions += [completion for (completion,) in found]
         columns = {key: [rows[place][key] for _, place in asked] for key in rows[0] if key != "prompt"}
         said = [[{"role": "assistant", "content": completion.text}] for completion in completions]
         prompts = [rows[place]["prompt"] for _, place in asked]
+        columns |= {"prompts": prompts, "completions": said, "completion_ids": [list(c.ids) for c in completions]}
         total = np.zeros(len(asked))
-        for reward in reward_functions:
-            total += reward(prompts=prompts, completions=said, **columns)
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(seed)
+            for reward in reward_functions:
+                total += [0.0 if value is None else value for value in reward(**columns)]
+        if not np.isfinite(total).all():
+            raise FloatingPointError(f"{int((~np.isfinite(total)).sum())} of {len(total)} rewards are not finite")
         shape = len(self.names), len(rows), samples
         return total.reshape(shape), sum(completion.tokens for completion in completions)

@@ -1,19 +1,24 @@
 """
-A search by CMA-ES (Hansen, arXiv:1604.00772) in the space of v, of the library `cma`, continued from its log.
+A search by CMA-ES (Hansen, arXiv:1604.00772) in the space of v, by the library `cma`, continued from its log.
 
-The library's state is a pickle, which another program could have written. Here a run is continued by what it was told:
-every candidate's fitness is in the log, candidates follow from the seed, and telling them again takes milliseconds.
+The library keeps its state as a pickle. Here the log holds every candidate's fitness, and candidates follow from the
+seed: telling the library both again brings it to the same state, in milliseconds.
 """
 
 import json
+import math
+import os
+import warnings
 from pathlib import Path
 
 import cma
 import numpy as np
+from cma.evolution_strategy import InjectionWarning
 from evaluation.completions import read_lines
+from records.files import changes, write_text
 
 
-# Between a mean that was logged and the one that the log leads to again: processors differ in the last digits.
+# Tolerance between a logged mean and the one computed again: processors differ in the last digits.
 SAME_MEAN = 1e-6
 
 
@@ -51,7 +56,10 @@ class Search:
 
     def ask(self) -> np.ndarray:
         """The next candidates, shape `(population, values)`, float64."""
-        return np.stack(self._strategy.ask())
+        with warnings.catch_warnings():
+            # Of a direction that the library proposed in a step of which it was told nothing: see [`tell`].
+            warnings.simplefilter("ignore", InjectionWarning)
+            return np.stack(self._strategy.ask())
 
     def tell(self, candidates: np.ndarray, fitness: list[float]) -> None:
         """
@@ -60,63 +68,86 @@ class Search:
         Args:
             candidates (`numpy.ndarray`): As [`ask`] returned them.
             fitness (`list[float]`): A number for each, the higher the better.
+
+        Of candidates that are all equally good nothing is learnt: the library would take their order for a ranking.
         """
-        # Where all are equal nothing is known, and the library would take them for a ranking.
         if len(set(fitness)) > 1:
-            self._strategy.tell(list(candidates), [-value for value in fitness])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", InjectionWarning)
+                self._strategy.tell(list(candidates), [-value for value in fitness])
 
 
 class Log:
     """
-    A line a step of a search, behind one with its settings.
+    A line a step of a search, behind one with its settings. Nothing is written before the first step is done.
 
     Args:
         path (`Path`): A file of JSON lines, there or not.
+        settings (`dict`): What the candidates and their rewards follow from.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, settings: dict):
+        self.path, self.settings = path, settings
         self.steps: list[dict] = []
 
-    def begin(self, settings: dict) -> None:
-        """Writes the settings, into a new file."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps({"settings": settings}) + "\n", encoding="utf-8")
-
-    def replay(self, search: Search, settings: dict) -> None:
+    def replay(self, search: Search) -> None:
         """
         Brings a new search to where the logged one was.
 
         Args:
             search (`Search`): With nothing told.
-            settings (`dict`): What this run's candidates and completions follow from.
         Raises:
-            ValueError: If the file is no log, is of another run, or leads somewhere else with this version of `cma`.
+            ValueError: If the file is no log, is of another search, or was changed; or if this version of `cma`
+                computes other values.
         """
         lines = read_lines(self.path)
-        if not lines or "settings" not in lines[0]:
+        before = lines[0].get("settings") if lines and isinstance(lines[0], dict) else None
+        if not isinstance(before, dict):
             raise ValueError(f"{self.path} is no log of a search: choose another --output_dir")
-        before = lines[0]["settings"]
-        changed = [
-            f"{name}={before.get(name)!r} (now {settings.get(name)!r})"
-            for name in sorted(before.keys() | settings.keys())
-            if before.get(name) != settings.get(name)
-        ]
+        changed = changes(before, self.settings)
         if changed:
-            raise ValueError(f"{self.path} is of a run with {', '.join(changed)}: choose another --output_dir")
-        self.steps = lines[1:]
-        for step in self.steps:
+            raise ValueError(f"{self.path} is of a search with {', '.join(changed)}: choose another --output_dir")
+        for number, step in enumerate(lines[1:], start=1):
+            self._check(number, step, search)
             search.tell(search.ask(), step["fitness"])
             if not np.allclose(search.mean, step["mean"], rtol=SAME_MEAN, atol=SAME_MEAN * search.sigma):
                 raise ValueError(
-                    f"{self.path}: step {step['step']} leads to other values with cma {cma.__version__} than it did "
-                    "when it was logged. Continue with the version that its settings name, or start anew"
+                    f"{self.path}, step {number}: its fitness leads to other values than are logged. The log was "
+                    f"changed, or made by another version of cma than {cma.__version__}: choose another --output_dir"
                 )
-        # Without the part of a line at which it was interrupted.
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        self.steps = lines[1:]
 
     def add(self, step: dict) -> None:
-        """Appends what a step found."""
+        """Writes what a step found, behind those before."""
         self.steps.append(step)
+        if len(self.steps) == 1 or not self._is_whole():
+            lines = [{"settings": self.settings}, *self.steps]
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(step) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _is_whole(self) -> bool:
+        """Whether the file ends where a line ends, and not where an interruption cut one."""
+        return self.path.read_bytes().endswith(b"\n")
+
+    def _check(self, number: int, step: object, search: Search) -> None:
+        """Raises `ValueError` where a line is not what [`add`] wrote."""
+        lists = {"fitness": search.population, "mean": len(search.mean)}
+        numbers = ("reward", "sigma", "problems", "generated_tokens", "seconds")
+        is_right = isinstance(step, dict) and step.get("step") == number
+        is_right = is_right and all(
+            isinstance(step.get(name), list) and len(step[name]) == size and all(map(_is_number, step[name]))
+            for name, size in lists.items()
+        )
+        if not (is_right and all(_is_number(step.get(name)) for name in numbers)):
+            raise ValueError(
+                f"{self.path}, line {number + 1} is not what step {number} of this search wrote: the log was changed. "
+                "Choose another --output_dir"
+            )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -20,6 +20,23 @@ def write_text(path: str | Path, text: str) -> None:
         scratch.write_text(text, encoding="utf-8")
 
 
+def changes(before: dict, now: dict) -> list[str]:
+    """
+    What sets two settings apart, a phrase for each key, for an error.
+
+    Args:
+        before (`dict`): The one that a file was made with.
+        now (`dict`): The other.
+    Returns:
+        `list[str]`: `name=old (now new)`, by name; empty where they are equal.
+    """
+    return [
+        f"{name}={before.get(name)!r} (now {now.get(name)!r})"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+
+
 def digest_of(settings: object) -> str:
     """
     SHA-256 of something that JSON can hold.

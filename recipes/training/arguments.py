@@ -74,6 +74,8 @@ class RLArguments(RecipeArguments):
         if self.rollouts not in ("merged", "adapter"):
             raise ValueError(f"rollouts must be 'merged' or 'adapter', got {self.rollouts!r}")
         self.reward = [self.reward] if isinstance(self.reward, str) else self.reward
+        if not isinstance(self.reward, list):
+            raise ValueError(f"reward must be a name or a list of names, got {self.reward!r}")
         for name in self.reward:
             if name not in REWARDS and "." not in name:
                 raise ValueError(

@@ -147,15 +147,12 @@ def prepare(
             vLLM is to sample from a quantised base.
         FileExistsError, FileNotFoundError: As of [`resume_point`].
     """
-    model, rows = model_args.model_name_or_path, script_args.dataset_name
-    for name, given in (("model_name_or_path", model), ("dataset_name", rows)):
-        if given is None:
-            raise ValueError(f"{name} is missing: give --{name}, or a recipe that names it by --config")
+    refuse_missing(script_args, model_args)
     refuse_miscounted_processes(training_args)
     checkpoint = resume_point(training_args)
     if checkpoint is not None:
         _refuse_another_kind(Path(checkpoint), adapter_args.adapter)
-    refuse_unfit_base(model, model_args.model_revision)
+    refuse_unfit_base(model_args.model_name_or_path, model_args.model_revision)
     _refuse_vllm_of_quantised(training_args, model_args, adapter_args)
     rate = training_args.learning_rate
     if adapter_args.adapter == "tinylora" and rate < LOWEST_LEARNING_RATE:
@@ -165,6 +162,24 @@ def prepare(
             stacklevel=2,
         )
     return checkpoint
+
+
+def refuse_missing(script_args: RecipeArguments, model_args: trl.ModelConfig) -> None:
+    """
+    Raises where a recipe names no model or no rows.
+
+    Args:
+        script_args (`RecipeArguments`): The rows.
+        model_args ([`~trl.ModelConfig`]): The model.
+    Raises:
+        ValueError: With the argument to give.
+    """
+    for name, given in (
+        ("model_name_or_path", model_args.model_name_or_path),
+        ("dataset_name", script_args.dataset_name),
+    ):
+        if given is None:
+            raise ValueError(f"{name} is missing: give --{name}, or a recipe that names it by --config")
 
 
 def _refuse_vllm_of_quantised(

@@ -67,7 +67,6 @@ def test_a_search_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
 
 def test_more_steps_are_the_same_search(tmp_path):
     search(tmp_path / "a", max_steps=2)
-    (tmp_path / "a" / "adapter_config.json").unlink()
     continued = search(tmp_path / "a", max_steps=3, resume_from_checkpoint=True)
     assert torch.equal(values_of(continued.model), values_of(search(tmp_path / "b").model))
 
@@ -103,11 +102,15 @@ def test_a_search_in_which_nothing_differs_says_so(tmp_path, monkeypatch, capsys
     [
         ({"adapter": "lora"}, "adapter='lora' has too many values.*'tinylora'"),
         ({"adapter": "full", "n_values": None}, "adapter='full' has too many values.*'tinylora'"),
-        ({"population": 2}, "population must be at least 3, got 2"),
+        ({"population": 2}, "population must be an integer of at least 3, got 2"),
+        ({"population": 4.5}, "population must be an integer of at least 3, got 4.5"),
+        ({"seed": 2**32}, r"seed must be below 2\*\*32, got 4294967296"),
+        ({"rollouts": "adapter"}, "es.py samples with transformers, and rollouts is 'adapter'"),
+        ({"reward": 3}, "reward must be a name or a list of names, got 3"),
         ({"sigma": 0.0}, "sigma must be finite and above 0, got 0.0"),
         ({"sigma": float("inf")}, "sigma must be finite"),
         ({"temperature": -1.0}, "temperature must be finite and above 0"),
-        ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
+        ({"max_steps": 0}, "max_steps must be an integer of at least 1, got 0"),
         ({"problems_per_step": 5, "limit": 4}, "problems_per_step=5, but there are 4 problems: lower it"),
         ({"model_name_or_path": None}, "model_name_or_path is missing"),
         ({"dataset_name": None}, "dataset_name is missing"),
@@ -127,15 +130,19 @@ def test_what_cannot_be_searched_is_refused_before_a_file_is_written(tmp_path, c
 def test_neither_a_finished_nor_an_interrupted_search_is_written_over(tmp_path):
     search(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(FileExistsError, match="already holds a run.*--resume_from_checkpoint"):
+    with pytest.raises(FileExistsError, match="holds a finished run.*--resume_from_checkpoint true and a higher --max"):
         search(tmp_path)
-    with pytest.raises(FileExistsError, match="holds a finished run"):
+    with pytest.raises(ValueError, match="has 3 steps, and max_steps is 3: nothing is left.*Raise max_steps"):
         search(tmp_path, resume_from_checkpoint=True)
-    (tmp_path / "adapter_config.json").unlink()
-    with pytest.raises(FileExistsError, match="already holds a run"):
-        search(tmp_path)
     with pytest.raises(ValueError, match=r"seed=0 \(now 1\)"):
         search(tmp_path, resume_from_checkpoint=True, seed=1)
+    with pytest.raises(ValueError, match=r"target_modules='all-linear' \(now \['q_proj'\]\)"):
+        search(tmp_path, resume_from_checkpoint=True, target_modules=["q_proj"], n_values=None, u=13, n_tie="all")
+    # Where it was interrupted before it saved.
+    (tmp_path / "adapter_config.json").rename(tmp_path / "aside")
+    with pytest.raises(FileExistsError, match="holds an interrupted search.*--resume_from_checkpoint true$"):
+        search(tmp_path)
+    (tmp_path / "aside").rename(tmp_path / "adapter_config.json")
     assert all(path.read_bytes() == before[path] for path in tmp_path.iterdir())
     with pytest.raises(FileNotFoundError, match="resume_from_checkpoint is true.*start anew without it"):
         search(tmp_path / "new", resume_from_checkpoint=True)
@@ -148,3 +155,17 @@ def test_the_committed_recipe_samples_as_many_completions_as_that_of_rl():
     assert sampled == pytest.approx(rl["max_steps"] * rl["per_device_train_batch_size"], rel=0.02)
     shared = rl.keys() & search.keys() - {"max_steps", "num_generations", "output_dir"}
     assert len(shared) > 8 and all(rl[key] == search[key] for key in shared)
+
+
+def test_a_reward_that_draws_is_drawn_alike_by_a_run_of_the_same_seed(tmp_path):
+    first, second = (search(tmp_path / name, reward="random", max_steps=2) for name in ("a", "b"))
+    assert first.steps[1]["fitness"] == second.steps[1]["fitness"]
+    assert len(set(first.steps[0]["fitness"])) > 1
+
+
+@pytest.mark.bad_input("a recipe's arguments and files")
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="searches in one process, and the launcher started 2"):
+        search(tmp_path / "out")
+    assert not (tmp_path / "out").exists()

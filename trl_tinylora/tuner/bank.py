@@ -241,6 +241,9 @@ def _replace_hidden(
         return args, kwargs
     for key in usual[:1] or (floating if len(floating) == 1 else []):
         return args, {**kwargs, key: vectors.begin_pass(kwargs[key])}
+    if is_model:
+        vectors.begin_pass(None)
+        return args, kwargs
     raise RuntimeError(
         f"{type(module).__name__} was called without hidden states as its first argument or as `hidden_states`; "
         f"got {len(args)} positional arguments and {sorted(kwargs)}, of which {floating} are floating-point tensors, "

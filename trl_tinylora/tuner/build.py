@@ -184,8 +184,11 @@ def first_blocks(model: nn.Module, names: list[str]) -> tuple[str, ...]:
     def block_of(name: str) -> str:
         parts = name.split(".")
         for length in range(1, len(parts)):
-            if isinstance(model.get_submodule(".".join(parts[:length])), nn.ModuleList):
-                return ".".join(parts[: length + 1])
+            block = ".".join(parts[: length + 1])
+            is_listed = isinstance(model.get_submodule(block.rpartition(".")[0]), nn.ModuleList)
+            # Blocks of several stages stand in a list of lists, of which the outer one is never called.
+            if is_listed and not isinstance(model.get_submodule(block), nn.ModuleList):
+                return block
         return ""
 
     first = {}

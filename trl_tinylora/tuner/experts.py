@@ -134,7 +134,7 @@ class Experts(AdaptedLayer):
         updates = []
         for vectors, index in self._active(parameter):
             left_ERO, right_ERI = self._factors_like(parameter, vectors.plan, x_SI)
-            mixing_ERR, add_gradient = vectors.mixing_of_pass(index, x_SI), vectors.gradient_hook(index)
+            mixing_ERR, add_gradient = vectors.mixing_of_pass(index, self.training), vectors.gradient_hook(index)
             updates.append((MixedPairs.apply(x_SI, right_ERI, mixing_ERR, pairs, add_gradient), left_ERO))
         result_SO = grouped_product(x_SI, weight if self.is_transposed else weight.mT, pairs)
         if experts.has_bias:

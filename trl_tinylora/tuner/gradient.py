@@ -126,7 +126,7 @@ class AddUpdate(torch.autograd.Function):
     def forward(ctx, result, mixed_RT, left_OR):
         ctx.left_OR = left_OR
         with without_autocast(result):
-            if result.dtype == left_OR.dtype:
+            if result.dtype == left_OR.dtype and not torch.compiler.is_compiling():
                 # One pass over the output, and one rounding; and no view, since models may add to it in place.
                 updated = torch.empty(result.shape, dtype=result.dtype, device=result.device)
                 torch.addmm(columns(result).mT, mixed_RT.mT, left_OR.mT, out=columns(updated).mT)

@@ -106,7 +106,7 @@ class Linear(AdaptedLayer):
         unmerged = [name for name in self.active_adapters if name not in self.merged_adapters]
         for vectors, index in filter(None, map(self.place, unmerged)):
             left_OR, right_RI = self._factors_like(vectors.plan, x)
-            mixing_RR, add_gradient = vectors.mixing_of_pass(index, x), vectors.gradient_hook(index)
+            mixing_RR, add_gradient = vectors.mixing_of_pass(index, self.training), vectors.gradient_hook(index)
             updates.append((MixedHidden.apply(x, right_RI, mixing_RR, add_gradient), left_OR))
         return updates
 

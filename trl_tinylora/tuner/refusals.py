@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Optional
 
 from accelerate.utils import has_offloaded_params
@@ -14,6 +14,7 @@ from ..distributed import is_sharded
 from ..storage.checkpoint import refuse_unfit_shape, settings_of
 from ..storage.fingerprint import Probe, difference_of_weights, refuse_another_base
 from .bank import TinyLoraBank
+from .targets import decoder_of
 
 
 if TYPE_CHECKING:
@@ -173,8 +174,26 @@ def refuse_wrong_rows(tuner: TinyLoraModel, adapter_names: Sequence[str]) -> Non
             f"{with_experts[0]!r} adapts fused experts, to which a model gives its tokens without their rows. Run the "
             "rows of each adapter as a batch of their own, or train without `target_parameters`."
         )
+    for name in sorted(names):
+        _refuse_rows_of_images(tuner.model, name, tuner.bank.vectors(name).plan.index)
     if any(is_sharded(tuner.bank.vectors(name).values_GK) for name in names):
         raise NotImplementedError(
             "`adapter_names` needs the values whole in each process, and ZeRO-3 or FSDP2 has sharded them. Load "
             "the adapters on an ordinary model, or run the rows of each adapter as a batch of their own."
+        )
+
+
+def _refuse_rows_of_images(model: nn.Module, adapter_name: str, modules: Iterable[str]) -> None:
+    """Raises `NotImplementedError` where an adapter is on a part of the model whose rows are images, of which a row of
+    the batch may have several or none."""
+    config = getattr(model, "config", None)
+    is_composite = hasattr(config, "get_text_config") and config.get_text_config() is not config
+    decoder, head = decoder_of(model), getattr(model, "get_output_embeddings", lambda: None)()
+    outside = [name for name in modules if not name.startswith(f"{decoder}.")]
+    outside = [name for name in outside if model.get_submodule(name) is not head]
+    if is_composite and decoder and outside:
+        raise NotImplementedError(
+            f"{adapter_name!r} adapts {outside[0]}, which lies outside the language model, {decoder}: its rows are "
+            "images, and `adapter_names` has a name for each row of the batch. Run the rows of each adapter as a batch "
+            "of their own."
         )

@@ -225,8 +225,9 @@ def is_all_linear(target_modules: Union[str, Collection[str]]) -> bool:
     return isinstance(target_modules, str) and target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 
-def _decoder_of(model: nn.Module) -> str:
-    """The name of the language model inside a model that has a vision tower or the like too; "" of any other one."""
+def decoder_of(model: nn.Module) -> str:
+    """Returns the name of the language model inside a model that may have a vision tower or the like beside it; of an
+    encoder-decoder, and where a model does not say, ""."""
     get_decoder = getattr(model, "get_decoder", None)
     if get_decoder is None or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return ""
@@ -237,7 +238,7 @@ def _decoder_of(model: nn.Module) -> str:
 def _without_left_out(model: nn.Module, names: list[str], rank: int, adapted_experts: list[str]) -> list[str]:
     """The names that "all-linear" stands for; warns of what it leaves out: other stacks than the language model's,
     modules that cannot have the rank, and experts that are no linear layers."""
-    decoder = _decoder_of(model)
+    decoder = decoder_of(model)
     inside = [name for name in names if name.startswith(f"{decoder}.")]
     if inside and len(inside) < len(names):
         outside = [name for name in names if name not in set(inside)]

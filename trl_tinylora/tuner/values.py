@@ -43,10 +43,10 @@ class Vectors(nn.Module):
             self.register_buffer(plan.owner, torch.empty(0))
         self.is_trained = False
         self.buffer = GradientBuffer()
-        # Every module's R as of the last pass, whether hidden states go through its sink, and the state of the values
-        # that it was computed from.
+        # Every module's R as of the last pass, whether that had gradients, whether hidden states go through its sink,
+        # and the state of the values that it was computed from.
         self._mixing_MRR: Optional[torch.Tensor] = None
-        self._has_hidden = True
+        self._was_traced = self._has_hidden = True
         self._computed_from: Optional[tuple] = None
 
     def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
@@ -84,18 +84,37 @@ class Vectors(nn.Module):
         """Returns R of one module, or of several, as [`mixings`] does."""
         return self.mixings(index) if isinstance(index, slice) else self.mixings(slice(index, index + 1))[0]
 
-    def mixing_of_pass(self, index: Union[int, slice], x: torch.Tensor) -> torch.Tensor:
-        """Returns R of one module, or of several that take x, as of the forward pass under way.
+    def mixing_of_pass(self, index: Union[int, slice], is_training: bool = False) -> torch.Tensor:
+        """Returns R of one module, or of several, as of the forward pass under way.
+
+        A layer that is reached by another way than through a first adapted block (an encoder called by itself, a first
+        block that was dropped) begins the pass itself, with the gradient sink on R.
+
+        Args:
+            index (`int` or `slice`): Which modules.
+            is_training (`bool`, *optional*, defaults to `False`): Whether the layer is in training mode.
 
         Raises:
-            RuntimeError: If the layer was reached without a pass through the first adapted block, or by a reentrant
-                checkpoint where the sink could not wait for it.
+            RuntimeError: If a reentrant checkpoint calls the layer where no sink could wait for it, or the values are
+                sharded and the layer is reached by another way.
         """
-        if self._mixing_MRR is None or self._computed_from not in ((), self._state_of_values()):
-            raise RuntimeError(
-                "an adapted layer was called outside the model's forward pass: TinyLoRA computes every module's update "
-                "where the hidden states enter the first adapted block. Call the whole model."
-            )
+        is_traced = torch.is_grad_enabled() and self.values_GK.requires_grad
+        is_missing = self._mixing_MRR is None or self._computed_from not in ((), self._state_of_values())
+        if _is_backward() and not is_missing:
+            # A checkpoint computes the layer again, in a graph of its own if it is a reentrant one, of which a backward
+            # pass would run the sink. With a leaf in the place of R the layer takes part in it all the same.
+            return self._mixing_MRR[index].detach().clone().requires_grad_(is_traced)
+        if is_missing:
+            is_checkpointed = is_training and self.values_GK.requires_grad and not torch.is_grad_enabled()
+            if _is_backward() or is_checkpointed or is_sharded(self.values_GK) or is_lent(self.values_GK):
+                raise RuntimeError(
+                    "an adapted layer was called outside the model's forward pass: TinyLoRA computes every module's "
+                    "update where the hidden states enter the first adapted block. Call the whole model."
+                )
+            self.begin_pass(None)
+        elif is_traced and not self._mixing_MRR.requires_grad:
+            # Left by a pass without gradients, or by a checkpoint that the layer is not in.
+            _, self._mixing_MRR = GradientSink.apply(None, self._mixing_MRR, self.values_GK, self.collect)
         if self._mixing_MRR.requires_grad and not torch.is_grad_enabled():
             if not self._has_hidden:
                 raise RuntimeError(
@@ -103,15 +122,8 @@ class Vectors(nn.Module):
                     "blocks and no floating-point input: reentrant checkpointing would give the values a gradient for "
                     "each checkpoint. Pass `use_reentrant=False`, or call the layer outside `torch.no_grad()`."
                 )
-            # A reentrant checkpoint behind the sink, which would run once for each of them if they took R from it.
+            # A reentrant checkpoint: its backward pass comes before that of the hidden states that the sink is on.
             self._mixing_MRR = self._mixing_MRR.detach()
-        is_trained = torch.is_grad_enabled() and self.values_GK.requires_grad
-        if is_trained and not (x.requires_grad or self._mixing_MRR.requires_grad):
-            raise RuntimeError(
-                "an adapted layer in a reentrant checkpoint takes an input that does not come from the first adapted "
-                "block (the states of an image in cross-attention): its values would get no gradient. Pass "
-                "`use_reentrant=False` (`gradient_checkpointing_kwargs`), or put the layer into `exclude_modules`."
-            )
         return self._mixing_MRR[index]
 
     def begin_pass(self, hidden: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
@@ -123,21 +135,24 @@ class Vectors(nn.Module):
         Raises:
             RuntimeError: If a reentrant checkpoint computes the first block of one of several stacks again.
         """
-        is_backward = torch._C._current_graph_task_id() != -1
-        is_trained = torch.is_grad_enabled() and self.values_GK.requires_grad
-        if len(self.plan.first_blocks) > 1 and is_backward and is_trained and not self._mixing_MRR.requires_grad:
+        is_traced = torch.is_grad_enabled() and self.values_GK.requires_grad
+        # A reentrant checkpoint called the block without gradients first, and calls it again with a detached input.
+        is_detached = hidden is not None and hidden.grad_fn is None
+        if len(self.plan.first_blocks) > 1 and _is_backward() and is_traced and is_detached and not self._was_traced:
             raise RuntimeError(
                 f"the adapted modules lie in several stacks, which begin at {', '.join(self.plan.first_blocks)}: "
                 "reentrant checkpointing would give the values a gradient for each stack. Pass `use_reentrant=False` "
-                "(`gradient_checkpointing_kwargs`), or adapt one stack alone."
+                "(`gradient_checkpointing_kwargs`) and make no pass without gradients between a forward pass and its "
+                "backward pass, or adapt one stack alone."
             )
         with torch.no_grad(), without_autocast(self.values_GK):
             self._mixing_MRR = self._mix(self.values_GK, slice(None))
         self._computed_from = self._state_of_values()
-        # Empty outside a backward pass: only one that failed half-way leaves something behind.
-        if not is_backward:
+        if not _is_backward():
+            self._was_traced = is_traced
+            # Empty outside a backward pass: only one that failed half-way leaves something behind.
             self.buffer.take()
-        if is_trained:
+        if is_traced:
             self._has_hidden = hidden is not None
             hidden, self._mixing_MRR = GradientSink.apply(hidden, self._mixing_MRR, self.values_GK, self.collect)
         return hidden
@@ -151,6 +166,9 @@ class Vectors(nn.Module):
     def collect(self) -> torch.Tensor:
         """Empties the buffer and returns the gradient of v that it held, shape (groups, u)."""
         grad_MRR = self.buffer.take()
+        if self._mixing_MRR is not None:
+            # Whoever takes it after this backward pass must not come back to its graph.
+            self._mixing_MRR = self._mixing_MRR.detach()
         if grad_MRR is None:
             return torch.zeros(self.plan.shape, dtype=self.values_GK.dtype, device=self.values_GK.device)
         grad_MRR = grad_MRR.to(self.values_GK.device)
@@ -180,3 +198,8 @@ class Vectors(nn.Module):
         self._mixing_MRR = None
         self.buffer.take()
         return super()._apply(fn, recurse)
+
+
+def _is_backward() -> bool:
+    """Whether a backward pass is under way, in which checkpoints compute layers again."""
+    return torch._C._current_graph_task_id() != -1

@@ -39,9 +39,48 @@ def test_a_search_differs_from_rl_in_its_steps_alone_where_both_have_a_key(tmp_p
     rl, search = Plan(arguments).recipes.values()
     differing = {key for key in rl.keys() & search.keys() if rl[key] != search[key]}
     assert differing == {"max_steps", "num_generations", "output_dir"}
-    other = changed_recipe(tmp_path, "es", temperature=0.5, dataset_train_split="validation")
-    with pytest.raises(ValueError, match=r"differ in \['dataset_train_split'\]"):
+    for changes, key in (({"dataset_train_split": "validation"}, "dataset_train_split"), ({"limit": 50}, "limit")):
+        other = changed_recipe(tmp_path, "es", temperature=0.5, **changes)
+        for order in (("rl", "es"), ("es", "rl")):
+            changed = replace(arguments, arms={arm: dict(arguments.arms[arm]) for arm in order})
+            with pytest.raises(ValueError, match=rf"differ in \['{key}'\]"):
+                Plan(with_recipe(changed, other, "es"))
+
+
+@pytest.mark.parametrize("steps", [20, 40])
+def test_a_search_that_samples_more_or_less_than_rl_is_refused(tmp_path, steps):
+    path = str(TOY / "compare_es.yaml")
+    (arguments,) = trl.TrlParser((CompareArguments,)).parse_args_and_config(["--config", path])
+    other = changed_recipe(tmp_path, "es", max_steps=steps)
+    with pytest.raises(
+        ValueError, match=rf"samples {steps * 11 * 16:,} completions, and .* 5,120: .*Change its max_steps"
+    ):
         Plan(with_recipe(arguments, other, "es"))
+
+
+def test_a_search_of_more_than_values_is_refused(tmp_path):
+    path = str(TOY / "compare_es.yaml")
+    (arguments,) = trl.TrlParser((CompareArguments,)).parse_args_and_config(["--config", path])
+    arguments.sizes["full"] = {"label": "", "arguments": {"adapter": "full"}, "learning_rate": {"rl": 0.1, "es": 0.1}}
+    with pytest.raises(ValueError, match=r"arms\['es'\] is a search, for which adapter='full' of sizes\['full'\]"):
+        Plan(arguments)
+
+
+def test_steps_of_rl_and_sft_are_compared_whatever_stands_first(tmp_path):
+    path = str(TOY / "compare_es.yaml")
+    (arguments,) = trl.TrlParser((CompareArguments,)).parse_args_and_config(["--config", path])
+    sft = {"label": "SFT", "recipe": changed_recipe(tmp_path, "sft", max_steps=10)}
+    with pytest.raises(ValueError, match=r"differ in \['max_steps'\]"):
+        Plan(
+            replace(
+                arguments,
+                arms={"es": arguments.arms["es"], "rl": arguments.arms["rl"], "sft": sft},
+                sizes={
+                    size: described | {"learning_rate": described["learning_rate"] | {"sft": 0.1}}
+                    for size, described in arguments.sizes.items()
+                },
+            )
+        )
 
 
 def test_a_search_is_swept_by_its_first_deviation(tmp_path):

@@ -235,7 +235,7 @@ def test_a_module_adds_nine_operations_to_a_step_and_all_of_them_together_a_doze
     assert each < operations_added(make, "PEFT's")[0]
 
     # Negative control: where each module makes its own R, its number grows.
-    monkeypatch.setattr(Vectors, "mixing_of_pass", lambda vectors, i, x: vectors.mixings(slice(i, i + 1))[0])
+    monkeypatch.setattr(Vectors, "mixing_of_pass", lambda vectors, i, is_training: vectors.mixings(slice(i, i + 1))[0])
     assert operations_added(make, "ours")[0] > 9
 
 

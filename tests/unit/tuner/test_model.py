@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 import trl_tinylora.tuner.build
 import trl_tinylora.tuner.model
 from trl_tinylora import TinyLoraConfig
+from trl_tinylora.maths.decomposition import mix
 from trl_tinylora.tuner.bank import TinyLoraLayer
 from trl_tinylora.tuner.layer import Linear
 
@@ -168,22 +169,39 @@ def test_values_survive_trls_cast_of_a_quantised_models_parameters(tiny_qwen2):
     assert model.base_model.model.lm_head.modules_to_save["default"].weight.dtype == torch.bfloat16
 
 
-@pytest.mark.bad_input("a model or a configuration that does not fit")
-def test_a_layer_called_alone_is_an_error(tiny_qwen2):
+@pytest.mark.parametrize("before", ["nothing", "a pass", "a pass with other values"])
+def test_a_layer_called_alone_computes_with_the_present_values_and_gives_them_their_gradient(
+    tiny_qwen2, token_ids, before
+):
     model = adapted(tiny_qwen2())
+    if before == "a pass with other values":
+        draw_values(model, seed=2)
+    if before != "nothing":
+        logits_of(model, token_ids)
+    draw_values(model, seed=1)
+    layer, x = model.get_submodule(QUERY).train(), torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+
+    found = layer(x)
+
+    update_OI = layer.get_delta_weight("default")
+    expected = nn.functional.linear(x, layer.base_layer.weight + update_OI, layer.base_layer.bias)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    found.square().sum().backward()
+    vectors = model.base_model.bank.vectors("default")
+    values_GK = vectors.values_GK.detach().clone().requires_grad_()
+    groups_M, projections_MKRR = vectors.plan.frozen(x.device, x.dtype)
+    left_OR, right_RI = layer.factors_of(vectors.plan)
+    update_OI = left_OR @ mix(values_GK, groups_M, projections_MKRR)[vectors.plan.index[layer.name]] @ right_RI
+    nn.functional.linear(x, layer.base_layer.weight + update_OI, layer.base_layer.bias).square().sum().backward()
+    torch.testing.assert_close(values_of(model).grad, values_GK.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.bad_input("a model or a configuration that does not fit")
+def test_a_layer_called_alone_inside_a_reentrant_checkpoint_is_an_error(tiny_qwen2):
+    layer = adapted(tiny_qwen2()).train().get_submodule(QUERY)
 
     with pytest.raises(RuntimeError, match="called outside the model's forward pass.*Call the whole model"):
-        model.get_submodule(QUERY)(torch.ones(1, 32))
-
-
-@pytest.mark.bad_input("a model or a configuration that does not fit")
-def test_a_layer_called_alone_after_its_values_changed_is_an_error(tiny_qwen2, token_ids):
-    model = adapted(tiny_qwen2())
-    logits_of(model, token_ids)
-    draw_values(model, seed=1)
-
-    with pytest.raises(RuntimeError, match="called outside the model's forward pass"):
-        model.get_submodule(QUERY)(torch.ones(1, 32))
+        torch.utils.checkpoint.checkpoint(layer, torch.ones(1, 32, requires_grad=True), use_reentrant=True)
 
 
 # Several adapters

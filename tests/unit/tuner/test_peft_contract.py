@@ -101,10 +101,24 @@ def test_hidden_states_are_found_under_any_keyword():
     assert (model(X=x, mask=mask) - base).abs().max() > 1e-3
 
 
-def test_several_tensors_that_could_be_hidden_states_are_named():
-    model = get_peft_model(Keyword(), TinyLoraConfig(target_modules=["linear"]))
+def test_several_tensors_that_could_be_a_blocks_hidden_states_are_named():
+    class Blocks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([Keyword()])
+
+        def forward(self, **inputs):
+            return self.blocks[0](**inputs)
+
+    model = get_peft_model(Blocks(), TinyLoraConfig(target_modules=["linear"]))
     with pytest.raises(RuntimeError, match=r"\['X', 'scale'\] are floating-point tensors, where one was expected"):
         model(X=torch.randn(3, 4), scale=torch.ones(4))
+
+
+def test_a_model_without_blocks_may_be_called_with_several():
+    model = get_peft_model(Keyword(), TinyLoraConfig(target_modules=["linear"], init_weights=False))
+    model(X=torch.randn(3, 4), scale=torch.ones(4)).sum().backward()
+    assert values_of(model).grad.abs().min() > 0
 
 
 def test_the_base_of_an_adapter_trained_on_a_merged_model_is_asked_for(tiny_qwen2, tmp_path):
