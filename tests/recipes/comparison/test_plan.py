@@ -135,9 +135,10 @@ def test_random_values_are_as_long_as_the_trained_ones_of_their_seed(tmp_path):
     }
 
 
-def test_the_committed_records_of_the_toy_are_of_the_runs_that_its_yaml_plans():
-    (arguments,) = trl.TrlParser((CompareArguments,)).parse_args_and_config(["--config", str(TOY / "compare.yaml")])
-    planned, folder = Plan(arguments), TOY / "results" / "runs"
+@pytest.mark.parametrize(("name", "results"), [("compare", "results"), ("compare_es", "evolution")])
+def test_the_committed_records_of_the_toy_are_of_the_runs_that_its_yaml_plans(name, results):
+    (arguments,) = trl.TrlParser((CompareArguments,)).parse_args_and_config(["--config", str(TOY / f"{name}.yaml")])
+    planned, folder = Plan(arguments), TOY / results / "runs"
     finals = planned.final(fixed_learning_rates(arguments))
     trained = {run.name: run.kept(folder) for run in finals}
     runs = [planned.untrained(), *planned.samples(), *finals, *planned.controls(trained)]
