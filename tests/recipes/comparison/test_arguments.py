@@ -25,7 +25,10 @@ from toy_comparison import comparison
         ({"jobs": 0}, "jobs must be at least 1, got 0"),
         ({"sizes": {"13": {"label": "", "arguments": {"n_value": 13}}}}, "sizes\\['13'\\] must hold"),
         ({"arms": {}}, "arms is missing"),
-        ({"arms": {"rl": {"label": "RL", "recipe": "rl.yaml"}}}, "must be a grpo.yaml, an sft.yaml or an es.yaml, got 'rl.yaml'"),
+        (
+            {"arms": {"rl": {"label": "RL", "recipe": "rl.yaml"}}},
+            "must be a grpo.yaml, an sft.yaml or an es.yaml, got 'rl.yaml'",
+        ),
         ({"arms": {"rl": {"recipe": "grpo.yaml", "reward": "format"}}}, r"arms\['rl'\] may hold"),
         ({"arms": {"rl": {"label": "", "recipe": "grpo.yaml", "sizes": ["14"]}}}, r"arms\['rl'\].sizes names \['14'\]"),
         (
