@@ -44,9 +44,10 @@ class Vectors(nn.Module):
         self.is_trained = False
         self.buffer = GradientBuffer()
         # Every module's R as of the last pass, whether that had gradients, whether hidden states go through its sink,
-        # and the state of the values that it was computed from.
+        # whether a backward pass has come to its sink, and the state of the values that it was computed from.
         self._mixing_MRR: Optional[torch.Tensor] = None
         self._was_traced = self._has_hidden = True
+        self._is_spent = False
         self._computed_from: Optional[tuple] = None
 
     def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
@@ -100,6 +101,7 @@ class Vectors(nn.Module):
         """
         is_traced = torch.is_grad_enabled() and self.values_GK.requires_grad
         is_missing = self._mixing_MRR is None or self._computed_from not in ((), self._state_of_values())
+        is_missing = is_missing or (self._is_spent and not _is_backward())
         if _is_backward() and not is_missing:
             # A checkpoint computes the layer again, in a graph of its own if it is a reentrant one, of which a backward
             # pass would run the sink. With a leaf in the place of R the layer takes part in it all the same.
@@ -149,7 +151,7 @@ class Vectors(nn.Module):
             self._mixing_MRR = self._mix(self.values_GK, slice(None))
         self._computed_from = self._state_of_values()
         if not _is_backward():
-            self._was_traced = is_traced
+            self._was_traced, self._is_spent = is_traced, False
             # Empty outside a backward pass: only one that failed half-way leaves something behind.
             self.buffer.take()
         if is_traced:
@@ -166,9 +168,7 @@ class Vectors(nn.Module):
     def collect(self) -> torch.Tensor:
         """Empties the buffer and returns the gradient of v that it held, shape (groups, u)."""
         grad_MRR = self.buffer.take()
-        if self._mixing_MRR is not None:
-            # Whoever takes it after this backward pass must not come back to its graph.
-            self._mixing_MRR = self._mixing_MRR.detach()
+        self._is_spent = True
         if grad_MRR is None:
             return torch.zeros(self.plan.shape, dtype=self.values_GK.dtype, device=self.values_GK.device)
         grad_MRR = grad_MRR.to(self.values_GK.device)

@@ -280,6 +280,21 @@ def test_a_pass_that_drops_the_first_block_gets_its_whole_gradient(before, mode)
     torch.testing.assert_close(values_of(model).grad.double(), expected, rtol=2e-4, atol=1e-6)
 
 
+@pytest.mark.bad_input("a model or a configuration that does not fit")
+def test_a_first_block_dropped_where_the_others_are_in_reentrant_checkpoints_is_an_error():
+    model = adapted("T5's encoder")
+    model.enable_input_require_grads()
+    blocks = model.get_base_model().encoder.block
+    for block in blocks:
+        block.forward = partial(in_checkpoint, block.forward)
+    loss_of("T5")(model.train()).backward()
+    # T5's first block makes the others' positions; here it is kept, and its hook is not called.
+    (hook, *_) = blocks[0]._forward_pre_hooks
+    del blocks[0]._forward_pre_hooks[hook]
+    with pytest.raises(RuntimeError, match="called outside the model's forward pass"):
+        loss_of("T5")(model)
+
+
 class Dropped(torch.nn.Module):
     def forward(self, hidden_states, *args, **kwargs):
         return hidden_states
