@@ -16,6 +16,8 @@ from trl_tinylora import TinyLoraConfig, export_lora
 from trl_tinylora.tuner.build import first_blocks
 
 
+# Of older versions of transformers, whose checkpoints are around a block's hooks too.
+HOOKS_INSIDE = "__call__" in vars(transformers.modeling_layers.GradientCheckpointingLayer)
 MODES = ["no checkpointing", "not reentrant", "reentrant"]
 
 
@@ -95,6 +97,10 @@ def test_a_stack_begins_at_its_first_adapted_block(case):
 @cases
 def test_the_gradient_is_that_of_plain_autograd(case, mode):
     model = checkpointed(adapted(case), mode).train()
+    if HOOKS_INSIDE and mode == "reentrant" and len(CASES[case][3]) > 1:
+        with pytest.raises(RuntimeError, match="several stacks.*use_reentrant=False"):
+            loss_of(case)(model).backward()
+        return
     # Twice, so that what a pass leaves behind would show.
     for _ in range(2):
         model.zero_grad()
@@ -195,7 +201,7 @@ def test_one_stack_in_reentrant_checkpoints_gets_its_whole_gradient():
 def test_several_stacks_in_reentrant_checkpoints_are_refused():
     model = with_checkpoints_around(with_checkpoints_around(adapted("T5"), "encoder.block"), "decoder.block")
     model.enable_input_require_grads()
-    loss = loss_of("T5")(model)
+    loss = model(**sequences(), use_cache=False).loss
     with pytest.raises(
         RuntimeError, match=r"stacks, which begin at encoder\.block\.0, decoder\.block\.0.*use_reentrant"
     ):
