@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 import torch
 import transformers
 import vision_language
 from encoder_decoders import bart, sequences, sound, t5, whisper
-from quantisations import quantisation, write_compressed, write_float8
+from quantisations import FOREIGN, foreign_layer, load_float8, quantisation, write_compressed
 from tiny import DECODER, MIXTURE
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, CompressedTensorsConfig
@@ -74,15 +75,7 @@ def with_quantised_inputs(folder, tmp_path):
 
 
 def from_float8(folder, tmp_path):
-    if not hasattr(transformers, "FineGrainedFP8Config"):
-        pytest.skip("this transformers knows no float8 checkpoint")
-    try:
-        return load(write_float8(folder, tmp_path / "float8"))
-    except RuntimeError as error:
-        # Of transformers 5.6 in our oldest versions.
-        if "automatic conversion of the weights" not in str(error):
-            raise
-        pytest.skip("this transformers does not convert such a checkpoint")
+    return load_float8(folder, tmp_path / "float8")
 
 
 def decompressed(folder, tmp_path):
@@ -110,11 +103,6 @@ def with_layer(make):
 
 def float8_layer():
     return pytest.importorskip("transformers.integrations.finegrained_fp8").FP8Linear(32, 32, block_size=(128, 128))
-
-
-def foreign_layer(library):
-    # They have a class for each kernel, no weight, and these attributes.
-    return lambda: type("QuantLinear", (nn.Module,), {"__module__": library, "in_features": 32, "out_features": 32})()
 
 
 def from_config(kind, **fields):
@@ -216,10 +204,7 @@ BASES = [
     Listed("compressed-tensors, packed", {"int8": compressed}, "refused", *[""] * 3),
     Listed(
         "GPTQ, AWQ",
-        {
-            name: with_layer(foreign_layer(library))
-            for name, library in (("GPTQ", "gptqmodel.nn_modules.qlinear.torch"), ("AWQ", "awq.modules.linear.gemm"))
-        },
+        {name: with_layer(partial(foreign_layer, library)) for name, library in FOREIGN.items()},
         "refused: a class for each kernel, and no weight to read. Take the model that it was made from",
         *[""] * 3,
     ),

@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BitsAndBytesConfig, TorchAoConfig
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 
 BITSANDBYTES = {
@@ -45,6 +46,25 @@ def write_float8(base_folder, folder):
 
     settings = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
     return _write(base_folder, folder, quantise, "weight_scale_inv", settings)
+
+
+def load_float8(base_folder, folder):
+    """That checkpoint loaded: on a machine without a GPU transformers dequantises it. Skips where it cannot."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(write_float8(base_folder, folder), dtype=torch.float32)
+    except RuntimeError as error:
+        # Of transformers 5.6 in our oldest versions.
+        if "automatic conversion of the weights" not in str(error):
+            raise
+        pytest.skip("this transformers does not convert such a checkpoint")
+
+
+def foreign_layer(library):
+    """A layer as GPTQ's and AWQ's libraries have it: a class for each kernel, no weight, and these attributes."""
+    return type("QuantLinear", (nn.Module,), {"__module__": library, "in_features": 32, "out_features": 32})()
+
+
+FOREIGN = {"GPTQ": "gptqmodel.nn_modules.qlinear.torch", "AWQ": "awq.modules.linear.gemm"}
 
 
 def write_compressed(base_folder, folder):

@@ -108,20 +108,20 @@ class Plan:
                     f"arms[{arm!r}] is a search, for which adapter={adapter!r} of sizes[{size!r}] has too many values: "
                     "list the arm's sizes"
                 )
-        search = self.recipes[arm]
-        per_problem = search.get("num_generations", 1)
+        search, path = self.recipes[arm], self.arguments.arms[arm]["recipe"]
         if "population" not in search or "problems_per_step" not in search:
-            raise ValueError(f"{self.arguments.arms[arm]['recipe']} needs population and problems_per_step: its budget")
-        sampled = search["max_steps"] * search["population"] * search["problems_per_step"] * per_problem
-        for other, recipe in self.recipes.items():
-            if self.arguments.algorithm_of(other) == "rl":
-                batch = recipe["per_device_train_batch_size"] * recipe.get("gradient_accumulation_steps", 1)
-                if abs(sampled - recipe["max_steps"] * batch) > SAME_BUDGET * recipe["max_steps"] * batch:
-                    raise ValueError(
-                        f"{self.arguments.arms[arm]['recipe']} samples {sampled:,} completions, and "
-                        f"{self.arguments.arms[other]['recipe']} {recipe['max_steps'] * batch:,}: budgets differ by "
-                        f"more than {SAME_BUDGET:.0%}. Change its max_steps"
-                    )
+            raise ValueError(f"{path} needs population and problems_per_step: its budget")
+        sampled = search["max_steps"] * search["population"] * search["problems_per_step"]
+        sampled *= search.get("num_generations", 1)
+        for other in (name for name in self.recipes if self.arguments.algorithm_of(name) == "rl"):
+            recipe = self.recipes[other]
+            wanted = recipe["max_steps"] * recipe["per_device_train_batch_size"]
+            wanted *= recipe.get("gradient_accumulation_steps", 1)
+            if abs(sampled - wanted) > SAME_BUDGET * wanted:
+                raise ValueError(
+                    f"{path} samples {sampled:,} completions, and {self.arguments.arms[other]['recipe']} {wanted:,}: "
+                    f"budgets differ by more than {SAME_BUDGET:.0%}. Change its max_steps"
+                )
 
     def untrained(self) -> Untrained:
         """The evaluation of the untrained model on the test problems."""

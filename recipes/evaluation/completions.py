@@ -4,12 +4,11 @@
 """
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-from records.files import changes, digest_of, write_text
+from records.files import append_lines, changes, digest_of, write_text
 from records.provenance import read_provenance
 
 
@@ -62,10 +61,7 @@ class CompletionsFile:
         """
         self.by_key |= {_key(record): record for record in records}
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(record) + "\n" for record in records))
-                file.flush()
-                os.fsync(file.fileno())
+            append_lines(self.path, records)
 
     def records(self) -> list[dict]:
         """All completions, by kind, problem and sample."""

@@ -215,7 +215,10 @@ class VllmGenerator(Generator):
             [{"prompt_token_ids": ids} for ids in tokens], parameters, lora_request=self.lora_request, use_tqdm=False
         )
         return [
-            [Completion(item.text, len(item.token_ids), item.finish_reason == "length") for item in output.outputs]
+            [
+                Completion(item.text, len(item.token_ids), item.finish_reason == "length", tuple(item.token_ids))
+                for item in output.outputs
+            ]
             for output in outputs
         ]
 

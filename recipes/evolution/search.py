@@ -7,7 +7,6 @@ seed: telling the library both again brings it to the same state, in millisecond
 
 import json
 import math
-import os
 import warnings
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import cma
 import numpy as np
 from cma.evolution_strategy import InjectionWarning
 from evaluation.completions import read_lines
-from records.files import changes, write_text
+from records.files import append_lines, changes, write_text
 
 
 # Tolerance between a logged mean and the one computed again: processors differ in the last digits.
@@ -89,6 +88,7 @@ class Log:
     def __init__(self, path: Path, settings: dict):
         self.path, self.settings = path, settings
         self.steps: list[dict] = []
+        self._has_written = False
 
     def replay(self, search: Search) -> None:
         """
@@ -120,18 +120,13 @@ class Log:
     def add(self, step: dict) -> None:
         """Writes what a step found, behind those before."""
         self.steps.append(step)
-        if len(self.steps) == 1 or not self._is_whole():
-            lines = [{"settings": self.settings}, *self.steps]
-            write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+        if self._has_written:
+            append_lines(self.path, [step])
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(step) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _is_whole(self) -> bool:
-        """Whether the file ends where a line ends, and not where an interruption cut one."""
-        return self.path.read_bytes().endswith(b"\n")
+        # A new file, or one that may end in a part of a line.
+        lines = [{"settings": self.settings}, *self.steps]
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+        self._has_written = True
 
     def _check(self, number: int, step: object, search: Search) -> None:
         """Raises `ValueError` where a line is not what [`add`] wrote."""

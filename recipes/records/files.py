@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from trl_tinylora.storage.atomic_write import written_whole
@@ -18,6 +20,20 @@ def write_text(path: str | Path, text: str) -> None:
     """
     with written_whole(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
+
+
+def append_lines(path: Path, records: Iterable[dict]) -> None:
+    """
+    Adds records to a file of JSON lines, on the disk before this returns.
+
+    Args:
+        path (`Path`): The file, there or not.
+        records (`Iterable[dict]`): One a line.
+    """
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(record) + "\n" for record in records))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def changes(before: dict, now: dict) -> list[str]:

@@ -274,6 +274,14 @@ def test_the_count_of_bad_inputs_is_that_of_the_tests(request):
     )
 
 
+@pytest.mark.parametrize("section", ["trainers", "bases"])
+def test_the_tables_of_what_was_tried_are_those_of_their_lists(section):
+    tried = module_in_docs("tried")
+    assert section in tried.TABLES and len(tried.TABLES) == 2
+    page = tried.page_of(section).read_text(encoding="utf-8")
+    assert tried.renewed(section) == page, "run `make results`, or `python docs/tried.py --update`"
+
+
 def test_the_tree_of_files_is_the_files_own():
     tree = module_in_docs("tree")
     page = tree.PAGE.read_text(encoding="utf-8")

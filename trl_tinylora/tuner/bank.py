@@ -235,11 +235,10 @@ def _replace_hidden(
     floating = [key for key, value in kwargs.items() if isinstance(value, torch.Tensor) and value.is_floating_point()]
     usual = [key for key in ("hidden_states", "inputs_embeds", "x", "input") if key in floating]
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-    if is_model and not usual and any(tensor.dtype in (torch.int32, torch.int64) for tensor in tensors):
-        # Tokens, to which no gradient flows; what floats beside them may be a mask.
-        vectors.begin_pass(None)
-        return args, kwargs
-    for key in usual[:1] or (floating if len(floating) == 1 else []):
+    # Beside tokens, to which no gradient flows, what floats may be a mask.
+    has_tokens = any(tensor.dtype in (torch.int32, torch.int64) for tensor in tensors)
+    alone = floating if len(floating) == 1 and not (is_model and has_tokens) else []
+    for key in usual[:1] or alone:
         return args, {**kwargs, key: vectors.begin_pass(kwargs[key])}
     if is_model:
         vectors.begin_pass(None)

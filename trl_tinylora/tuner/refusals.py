@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Optional
 
 from accelerate.utils import has_offloaded_params
@@ -174,8 +174,7 @@ def refuse_wrong_rows(tuner: TinyLoraModel, adapter_names: Sequence[str]) -> Non
             f"{with_experts[0]!r} adapts fused experts, to which a model gives its tokens without their rows. Run the "
             "rows of each adapter as a batch of their own, or train without `target_parameters`."
         )
-    for name in sorted(names):
-        _refuse_rows_of_images(tuner.model, name, tuner.bank.vectors(name).plan.index)
+    _refuse_rows_of_images(tuner, sorted(names))
     if any(is_sharded(tuner.bank.vectors(name).values_GK) for name in names):
         raise NotImplementedError(
             "`adapter_names` needs the values whole in each process, and ZeRO-3 or FSDP2 has sharded them. Load "
@@ -183,17 +182,22 @@ def refuse_wrong_rows(tuner: TinyLoraModel, adapter_names: Sequence[str]) -> Non
         )
 
 
-def _refuse_rows_of_images(model: nn.Module, adapter_name: str, modules: Iterable[str]) -> None:
+def _refuse_rows_of_images(tuner: TinyLoraModel, adapter_names: Sequence[str]) -> None:
     """Raises `NotImplementedError` where an adapter is on a part of the model whose rows are images, of which a row of
     the batch may have several or none."""
+    model = tuner.model
     config = getattr(model, "config", None)
-    is_composite = hasattr(config, "get_text_config") and config.get_text_config() is not config
+    if not hasattr(config, "get_text_config") or config.get_text_config() is config:
+        return
     decoder, head = decoder_of(model), getattr(model, "get_output_embeddings", lambda: None)()
-    outside = [name for name in modules if not name.startswith(f"{decoder}.")]
-    outside = [name for name in outside if model.get_submodule(name) is not head]
-    if is_composite and decoder and outside:
-        raise NotImplementedError(
-            f"{adapter_name!r} adapts {outside[0]}, which lies outside the language model, {decoder}: its rows are "
-            "images, and `adapter_names` has a name for each row of the batch. Run the rows of each adapter as a batch "
-            "of their own."
-        )
+    # A name for each plan: there may be thousands of adapters.
+    by_plan = {tuner.bank.vectors(name).plan: name for name in reversed(adapter_names)}
+    for plan, adapter_name in by_plan.items() if decoder else ():
+        outside = [name for name in plan.index if not name.startswith(f"{decoder}.")]
+        outside = [name for name in outside if model.get_submodule(name) is not head]
+        if outside:
+            raise NotImplementedError(
+                f"{adapter_name!r} adapts {outside[0]}, which lies outside the language model, {decoder}: its rows are "
+                "images, and `adapter_names` has a name for each row of the batch. Run the rows of each adapter as a "
+                "batch of their own."
+            )

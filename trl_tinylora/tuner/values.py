@@ -85,7 +85,7 @@ class Vectors(nn.Module):
         """Returns R of one module, or of several, as [`mixings`] does."""
         return self.mixings(index) if isinstance(index, slice) else self.mixings(slice(index, index + 1))[0]
 
-    def mixing_of_pass(self, index: Union[int, slice], is_training: bool = False) -> torch.Tensor:
+    def mixing_of_pass(self, index: Union[int, slice], is_training: bool) -> torch.Tensor:
         """Returns R of one module, or of several, as of the forward pass under way.
 
         A layer that is reached by another way than through a first adapted block (an encoder called by itself, a first
@@ -93,22 +93,23 @@ class Vectors(nn.Module):
 
         Args:
             index (`int` or `slice`): Which modules.
-            is_training (`bool`, *optional*, defaults to `False`): Whether the layer is in training mode.
+            is_training (`bool`): Whether the layer is in training mode.
 
         Raises:
             RuntimeError: If a reentrant checkpoint calls the layer where no sink could wait for it, or the values are
                 sharded and the layer is reached by another way.
         """
         is_traced = torch.is_grad_enabled() and self.values_GK.requires_grad
+        is_backward = _is_backward()
         is_missing = self._mixing_MRR is None or self._computed_from not in ((), self._state_of_values())
-        is_missing = is_missing or (self._is_spent and not _is_backward())
-        if _is_backward() and not is_missing:
+        is_missing = is_missing or (self._is_spent and not is_backward)
+        if is_backward and not is_missing:
             # A checkpoint computes the layer again, in a graph of its own if it is a reentrant one, of which a backward
             # pass would run the sink. With a leaf in the place of R the layer takes part in it all the same.
             return self._mixing_MRR[index].detach().clone().requires_grad_(is_traced)
         if is_missing:
             is_checkpointed = is_training and self.values_GK.requires_grad and not torch.is_grad_enabled()
-            if _is_backward() or is_checkpointed or is_sharded(self.values_GK) or is_lent(self.values_GK):
+            if is_backward or is_checkpointed or is_sharded(self.values_GK) or is_lent(self.values_GK):
                 raise RuntimeError(
                     "an adapted layer was called outside the model's forward pass: TinyLoRA computes every module's "
                     "update where the hidden states enter the first adapted block. Call the whole model."
@@ -140,7 +141,8 @@ class Vectors(nn.Module):
         is_traced = torch.is_grad_enabled() and self.values_GK.requires_grad
         # A reentrant checkpoint called the block without gradients first, and calls it again with a detached input.
         is_detached = hidden is not None and hidden.grad_fn is None
-        if len(self.plan.first_blocks) > 1 and _is_backward() and is_traced and is_detached and not self._was_traced:
+        is_backward = _is_backward()
+        if len(self.plan.first_blocks) > 1 and is_backward and is_traced and is_detached and not self._was_traced:
             raise RuntimeError(
                 f"the adapted modules lie in several stacks, which begin at {', '.join(self.plan.first_blocks)}: "
                 "reentrant checkpointing would give the values a gradient for each stack. Pass `use_reentrant=False` "
@@ -150,7 +152,7 @@ class Vectors(nn.Module):
         with torch.no_grad(), without_autocast(self.values_GK):
             self._mixing_MRR = self._mix(self.values_GK, slice(None))
         self._computed_from = self._state_of_values()
-        if not _is_backward():
+        if not is_backward:
             self._was_traced, self._is_spent = is_traced, False
             # Empty outside a backward pass: only one that failed half-way leaves something behind.
             self.buffer.take()

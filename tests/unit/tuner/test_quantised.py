@@ -11,10 +11,9 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from plain_autograd import checkpointed, expected_gradients, set_values, values_of
-from quantisations import BITSANDBYTES, KINDS, quantisation, write_float8
+from quantisations import BITSANDBYTES, FOREIGN, KINDS, foreign_layer, load_float8, quantisation
 from tiny import layers_of
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from trl_tinylora import TinyLoraConfig
 from trl_tinylora.maths.svd import truncated_svd
@@ -246,15 +245,7 @@ def test_float8_layers_are_refused_with_what_loads_them_dequantised(make_model):
 
 
 def test_a_float8_checkpoint_that_transformers_dequantises_is_a_base_as_any(base_folder, tmp_path):
-    # On a machine without a GPU transformers does that by itself.
-    folder = write_float8(base_folder, tmp_path / "float8")
-    try:
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    except RuntimeError as error:
-        # Of transformers 5.6 in our oldest versions.
-        if "automatic conversion of the weights" not in str(error):
-            raise
-        pytest.skip("this transformers does not convert such a checkpoint")
+    base = load_float8(base_folder, tmp_path / "float8")
     model = get_peft_model(base, TinyLoraConfig())
     set_values(model)
     loss_of(model.train()).backward()
@@ -283,12 +274,10 @@ def test_hqq_is_refused_by_name(make_model):
     refused(model, r"hqq\.core\.quantize\.HQQLinear", "docs/bases.md")
 
 
-@pytest.mark.parametrize("library", ["gptqmodel.nn_modules.qlinear.torch", "awq.modules.linear.gemm"])
+@pytest.mark.parametrize("library", FOREIGN.values())
 def test_layers_of_other_libraries_are_refused_by_name(make_model, library):
-    # They have a class for each kernel, no weight, and these attributes.
-    layer = type("QuantLinear", (nn.Module,), {"__module__": library, "in_features": 32, "out_features": 32})
     model = make_model()
-    model.model.layers[1].self_attn.o_proj = layer()
+    model.model.layers[1].self_attn.o_proj = foreign_layer(library)
     refused(model, rf"{library}\.QuantLinear", "docs/bases.md")
     # Left out by name, the others are adapted.
     assert len(layers_of(get_peft_model(model, TinyLoraConfig(exclude_modules=["o_proj"])))) == 12
