@@ -4,8 +4,8 @@
     python recipes/es.py --config recipes/toy/es.yaml --output_dir results/es-13 --resume_from_checkpoint true
 
 A candidate is a v. Its fitness is the mean reward of its completions. All candidates of a step get the same problems,
-in batches whose rows have adapters of their own. There is no backward pass, no trainer and no state of an optimiser: it
-takes the memory of inference, and works on every base that generates.
+in batches whose rows have adapters of their own, or by vLLM with a LoRA a candidate. There is no backward pass, no
+trainer and no state of an optimiser: it takes the memory of inference, and works on every base that generates.
 """
 
 import json
@@ -25,6 +25,7 @@ from evaluation.arguments import GenerationArguments
 from evaluation.generation import TransformersGenerator, load_model
 from evolution.arguments import EvolutionArguments
 from evolution.candidates import Candidates
+from evolution.sampling import make_sampler
 from evolution.search import Log, Search
 from peft import PeftModel, get_peft_model
 from tqdm.auto import tqdm
@@ -36,6 +37,8 @@ from trl_tinylora import TinyLoraConfig
 from trl_tinylora.sources import ADAPTER_FILE, refuse_unfit_base
 from trl_tinylora.storage.card import put_section
 from trl_tinylora.tasks import get_task
+from trl_tinylora.vllm.engine import refuse_unfit_server, refuse_unfit_url
+from trl_tinylora.vllm.rollout import refuse_missing_vllm
 
 
 ARGUMENTS = (RLArguments, EvolutionArguments, trl.ModelConfig, AdapterArguments)
@@ -74,15 +77,19 @@ def main(
     Returns:
         `Evolved`
     Raises:
-        ValueError: If arguments contradict each other, one is missing, the search to be continued is another one, or a
-            launcher started several processes.
+        ValueError: If arguments contradict each other, one is missing, the search to be continued is another one, a
+            launcher started several processes, or a server serves another model.
+        ImportError: If vLLM is not installed.
+        ConnectionError: If a server cannot be reached.
         FileExistsError: If the output folder already holds a run.
         FileNotFoundError: If there is no search to be continued.
         FloatingPointError: If the logits of a candidate or a reward are not finite.
     """
-    _refuse(script_args, args)
+    _refuse(script_args, args, model_args)
     refuse_missing(script_args, model_args)
     refuse_unfit_base(model_args.model_name_or_path, model_args.model_revision)
+    if args.use_vllm and args.vllm_mode == "server":
+        refuse_unfit_server(args.vllm_server_base_url, model_args.model_name_or_path)
     config = build_peft_config(adapter_args, model_args)
     if not isinstance(config, TinyLoraConfig):
         raise ValueError(f"adapter={adapter_args.adapter!r} has too many values to search for: set it to 'tinylora'")
@@ -93,7 +100,9 @@ def main(
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         model_args.model_name_or_path, revision=model_args.model_revision
     )
-    model = load_model(model_args, device_map="auto" if torch.cuda.is_available() else None)
+    # With vLLM the model here gives the factors of its weights; a GPU's memory is the engine's.
+    uses_gpu = torch.cuda.is_available() and not args.use_vllm
+    model = load_model(model_args, device_map="auto" if uses_gpu else None)
     model = get_peft_model(model, config).eval()
     generation = GenerationArguments(
         task=script_args.task, temperature=args.temperature, max_new_tokens=args.max_completion_length
@@ -102,7 +111,6 @@ def main(
     search = Search(size, args.sigma, args.population, args.seed)
     dtype = getattr(torch, adapter_args.kept_dtype or "float32")
     generator = TransformersGenerator(model, tokenizer, generation)
-    candidates = Candidates(model, generator, search.population, args.generation_batch_size, dtype)
     if args.resume_from_checkpoint:
         log.replay(search)
         if len(log.steps) >= args.max_steps:
@@ -117,13 +125,17 @@ def main(
         f"problems x {args.num_generations}",
         flush=True,
     )
+    sampler = make_sampler(args, model, generator, search.population, model_args.model_revision)
+    candidates = Candidates(model, tokenizer, sampler, search.population, dtype)
     bar = tqdm(range(len(log.steps), args.max_steps), disable=args.disable_tqdm, unit="step")
-    for step in bar:
-        log.add(_take_step(step, search, candidates, rows, rewards, args))
-        found = log.steps[-1]
-        bar.set_postfix(
-            reward=f"{found['reward']:.3f}", best=f"{max(found['fitness']):.3f}", sigma=f"{search.sigma:.3g}"
-        )
+    try:
+        for step in bar:
+            log.add(_take_step(step, search, candidates, rows, rewards, args))
+            found = log.steps[-1]
+            best = max(found["fitness"])
+            bar.set_postfix(reward=f"{found['reward']:.3f}", best=f"{best:.3f}", sigma=f"{search.sigma:.3g}")
+    finally:
+        sampler.close()
 
     for name in candidates.names:
         model.delete_adapter(name)
@@ -145,13 +157,23 @@ def main(
     return Evolved(model, tokenizer, log.steps)
 
 
-def _refuse(script_args: RLArguments, args: EvolutionArguments) -> None:
+def _refuse(script_args: RLArguments, args: EvolutionArguments, model_args: trl.ModelConfig) -> None:
     """Raises where a search cannot be made, or would write over another one."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes > 1:
         raise ValueError(f"es.py searches in one process, and the launcher started {processes}: start it without one")
     if script_args.rollouts != "merged":
-        raise ValueError(f"es.py samples with transformers, and rollouts is {script_args.rollouts!r}: drop it")
+        raise ValueError(f"es.py has adapters sampled in any case, and rollouts is {script_args.rollouts!r}: drop it")
+    if args.use_vllm and (model_args.load_in_4bit or model_args.load_in_8bit):
+        raise ValueError(
+            "load_in_4bit and load_in_8bit quantise the weights while they load, and vLLM would sample from the "
+            "others: drop use_vllm, or save what they stand for, `model.dequantize().save_pretrained(folder)`, and "
+            "name that folder as model_name_or_path"
+        )
+    if args.use_vllm and args.vllm_mode == "server":
+        refuse_unfit_url(args.vllm_server_base_url)
+    elif args.use_vllm:
+        refuse_missing_vllm()
     refuse_unfit_folder(args.output_dir)
     folder = Path(args.output_dir)
     has_log, is_finished = (folder / LOG).is_file(), (folder / ADAPTER_FILE).exists()
@@ -173,6 +195,7 @@ def _settings(
 ) -> dict:
     """All settings that candidates and rewards follow from; `max_steps` is not among them."""
     others = {"output_dir", "max_steps", "resume_from_checkpoint", "disable_tqdm", "dataset_test_split", "rollouts"}
+    others |= {"vllm_server_base_url", "vllm_gpu_memory_utilization"}
     found = asdict(script_args) | asdict(args) | asdict(model_args)
     found |= {name: getattr(config, name) for name in CONFIG_FIELDS}
     # What JSON makes of them, which is what the log holds.

@@ -1,6 +1,7 @@
 """Tiny causal language models with random weights from a fixed seed, one of them with a tokenizer. CPU, no network."""
 
 import os
+from pathlib import Path
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -8,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from datasets import Dataset
+from stand_in import StandIn
 from tiny import DECODER, ROWS, make_base
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
@@ -73,6 +75,14 @@ def token_ids():
 def base_folder(tmp_path_factory):
     """The base model and its tokenizer as a folder, as `from_pretrained` wants it."""
     return str(make_base(tmp_path_factory.mktemp("base") / "tiny-qwen2"))
+
+
+@pytest.fixture
+def stand_in(base_folder):
+    """A stand-in for a vLLM server of the base model, whose folder has another path there."""
+    server = StandIn(f"/elsewhere/{Path(base_folder).name}")
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

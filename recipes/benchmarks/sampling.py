@@ -173,7 +173,7 @@ def measure_model(model: str, dtype: str, arguments: argparse.Namespace) -> dict
             found = {"merged": merged, "adapter": rollout(prompts, trainer)}
             logs = {
                 "merged": scored(transfer.llm, rows),
-                "adapter": scored(rollout._engine.llm, rows, rollout._engine._request),
+                "adapter": scored(rollout._engine.llm, rows, rollout._engine.request("default")),
                 "exact": torch.cat([logprobs_of(exact_model, *row) for row in rows]),
             }
             before = before or logs

@@ -16,7 +16,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from evaluation.arguments import GenerationArguments
 from trl_tinylora import TinyLoraPeftType, export_lora
 from trl_tinylora.convert.lora import refuse_what_is_no_lora
-from trl_tinylora.vllm.rollout import max_lora_rank
+from trl_tinylora.vllm.engine import max_lora_rank
 
 
 # Beyond this, a tensor goes into a model's digest by sums of its bits.
@@ -136,11 +136,11 @@ class TransformersGenerator(Generator):
                 **options,
             )
         self.model.train(was_training)
-        generated = [self._read(tokens) for tokens in output[:, inputs["input_ids"].shape[1] :].tolist()]
+        generated = [self.read(tokens) for tokens in output[:, inputs["input_ids"].shape[1] :].tolist()]
         return [generated[start : start + samples] for start in range(0, len(generated), samples)]
 
-    def _read(self, tokens: list[int]) -> Completion:
-        """The text up to the token that ended it."""
+    def read(self, tokens: list[int]) -> Completion:
+        """A completion of these tokens, up to the one that ended it."""
         length = next((n for n, token in enumerate(tokens, start=1) if token in self.end_tokens), None)
         text = self.tokenizer.decode(tokens[:length], skip_special_tokens=True)
         return Completion(text, len(tokens[:length]), length is None, tuple(tokens[:length]))

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass
@@ -19,6 +20,11 @@ class EvolutionArguments:
         temperature (`float`, *optional*, defaults to `1.0`): Of the sampling.
         max_completion_length (`int`, *optional*, defaults to `256`): Limit of a completion, in tokens.
         generation_batch_size (`int`, *optional*, defaults to `256`): Completions generated at once.
+        use_vllm (`bool`, *optional*, defaults to `False`): Sample with vLLM, which gets every candidate as a LoRA.
+        vllm_mode (`str`, *optional*, defaults to `"colocate"`): `"colocate"`, an engine in this process, or `"server"`.
+        vllm_server_base_url (`str`, *optional*): Address of a server (`vllm serve --enable-lora`).
+        vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.9`): Share of the GPU's memory for the engine.
+        vllm_max_model_length (`int`, *optional*): Limit of prompt and completion together, for the engine.
         seed (`int`, *optional*, defaults to `0`): Of the problems' order, the candidates and the sampling.
         resume_from_checkpoint (`bool`, *optional*, defaults to `False`): Continue the run in `output_dir`.
         disable_tqdm (`bool`, *optional*, defaults to `False`): No progress bar.
@@ -35,6 +41,13 @@ class EvolutionArguments:
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the sampling."})
     max_completion_length: int = field(default=256, metadata={"help": "Limit of a completion, in tokens."})
     generation_batch_size: int = field(default=256, metadata={"help": "Completions generated at once."})
+    use_vllm: bool = field(default=False, metadata={"help": "Sample with vLLM."})
+    vllm_mode: Literal["colocate", "server"] = field(
+        default="colocate", metadata={"help": "colocate, an engine in this process, or server."}
+    )
+    vllm_server_base_url: str | None = field(default=None, metadata={"help": "Address of a server of vLLM's."})
+    vllm_gpu_memory_utilization: float = field(default=0.9, metadata={"help": "Share of memory for the engine."})
+    vllm_max_model_length: int | None = field(default=None, metadata={"help": "Limit of prompt and completion."})
     seed: int = field(default=0, metadata={"help": "Of the problems' order, the candidates and the sampling."})
     resume_from_checkpoint: bool = field(default=False, metadata={"help": "Continue the run in output_dir."})
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
@@ -53,3 +66,13 @@ class EvolutionArguments:
         for name in ("sigma", "temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)}")
+        if self.vllm_mode not in ("colocate", "server"):
+            raise ValueError(f"vllm_mode must be 'colocate' or 'server', got {self.vllm_mode!r}")
+        is_server = self.use_vllm and self.vllm_mode == "server"
+        if is_server and not self.vllm_server_base_url:
+            raise ValueError("vllm_mode='server' needs an address: --vllm_server_base_url http://localhost:8000")
+        if self.vllm_server_base_url and not is_server:
+            raise ValueError(
+                f"vllm_server_base_url={self.vllm_server_base_url!r} is not used: set use_vllm to true and vllm_mode "
+                "to 'server', or drop it"
+            )

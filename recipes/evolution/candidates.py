@@ -1,35 +1,37 @@
-"""How good candidates for v are: the rewards of their completions, in batches whose rows have adapters of their own."""
+"""How good candidates for v are: the rewards of their completions."""
 
 import copy
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from evaluation.generation import TransformersGenerator
 from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from evolution.sampling import Sampler
 
 
 class Candidates:
     """
-    Adapters that differ in their values alone, of one model, whose completions share batches.
+    Adapters that differ in their values alone, of one model.
 
     Args:
         model ([`~peft.PeftModel`]): With the adapter "default".
-        generator (`TransformersGenerator`): Of that model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        sampler (`Sampler`): Of that model.
         count (`int`): How many candidates there are at a time.
-        batch_size (`int`): Completions generated at once.
         dtype (`torch.dtype`): What values are rounded to.
     """
 
     def __init__(
         self,
         model: PeftModel,
-        generator: TransformersGenerator,
+        tokenizer: PreTrainedTokenizerBase,
+        sampler: Sampler,
         count: int,
-        batch_size: int,
         dtype: torch.dtype = torch.float32,
     ):
-        self.model, self.generator, self.batch_size, self.dtype = model, generator, batch_size, dtype
+        self.model, self.tokenizer, self.sampler, self.dtype = model, tokenizer, sampler, dtype
         self.names = [f"candidate-{index}" for index in range(count)]
         for name in self.names:
             model.add_adapter(name, copy.deepcopy(model.peft_config["default"]))
@@ -65,23 +67,14 @@ class Candidates:
         """
         for name, values in zip(self.names, candidates, strict=True):
             self.set_values(name, values)
-        apply = self.generator.tokenizer.apply_chat_template
+        apply = self.tokenizer.apply_chat_template
         texts = [apply(row["prompt"], add_generation_prompt=True, tokenize=False) for row in rows]
         asked = [(name, place) for name in self.names for place in range(len(rows)) for _ in range(samples)]
-        completions = []
-        for start in range(0, len(asked), self.batch_size):
-            batch = asked[start : start + self.batch_size]
-            prompts, names = [texts[place] for _, place in batch], [name for name, _ in batch]
-            try:
-                found = self.generator.generate(prompts, 1, True, seed + start, adapter_names=names)
-            except RuntimeError as error:
-                if "probability tensor" not in str(error):
-                    raise
-                largest = float(np.abs(candidates).max())
-                raise FloatingPointError(
-                    f"the logits of a candidate are not finite, with values of up to {largest:.3g}: lower --sigma"
-                ) from error
-            completions += [completion for (completion,) in found]
+        try:
+            completions = self.sampler.sample([texts[place] for _, place in asked], [name for name, _ in asked], seed)
+        except FloatingPointError as error:
+            largest = float(np.abs(candidates).max())
+            raise FloatingPointError(f"{error}, with values of up to {largest:.3g}: lower --sigma") from error
         columns = {key: [rows[place][key] for _, place in asked] for key in rows[0] if key != "prompt"}
         said = [[{"role": "assistant", "content": completion.text}] for completion in completions]
         prompts = [rows[place]["prompt"] for _, place in asked]

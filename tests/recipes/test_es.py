@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[2]
 TOY = ROOT / "recipes" / "toy"
 SHORT = {"max_steps": 3, "population": 4, "problems_per_step": 4, "max_completion_length": 12, "disable_tqdm": True}
 
+SERVED = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http://localhost:9"}
+
 
 @pytest.fixture(autouse=True)
 def in_the_repository_root(monkeypatch):
@@ -105,7 +107,11 @@ def test_a_search_in_which_nothing_differs_says_so(tmp_path, monkeypatch, capsys
         ({"population": 2}, "population must be an integer of at least 3, got 2"),
         ({"population": 4.5}, "population must be an integer of at least 3, got 4.5"),
         ({"seed": 2**32}, r"seed must be below 2\*\*32, got 4294967296"),
-        ({"rollouts": "adapter"}, "es.py samples with transformers, and rollouts is 'adapter'"),
+        ({"rollouts": "adapter"}, "es.py has adapters sampled in any case, and rollouts is 'adapter'"),
+        ({"vllm_mode": "both"}, "vllm_mode must be 'colocate' or 'server', got 'both'"),
+        ({"use_vllm": True, "vllm_mode": "server"}, "needs an address: --vllm_server_base_url http://localhost:8000"),
+        ({"vllm_server_base_url": "http://localhost:9"}, "is not used: set use_vllm to true and vllm_mode to 'server'"),
+        (SERVED | {"vllm_server_base_url": "localhost:9"}, "'localhost:9' has no scheme.*http://localhost:8000"),
         ({"reward": 3}, "reward must be a name or a list of names, got 3"),
         ({"sigma": 0.0}, "sigma must be finite and above 0, got 0.0"),
         ({"sigma": float("inf")}, "sigma must be finite"),

@@ -8,40 +8,28 @@ Where TRL's own transfer rounds `W + U S R V^T` to the sampler's dtype (arXiv:26
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-import shutil
-import tempfile
-import urllib.error
-import urllib.request
-import uuid
-from abc import ABC, abstractmethod
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Union
-from urllib.parse import urlsplit
 
 import torch
 from accelerate.utils import broadcast_object_list
 
-from ..convert.lora import export_lora
 from ..tuner.model import TinyLoraModel
+from .engine import (
+    Engine,
+    LocalEngine,
+    ServerEngine,
+    engine_settings,
+    folder_for_adapters,
+    new_prefix,
+    refuse_unfit_server,
+    refuse_unfit_url,
+)
 
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from trl import GRPOTrainer
-
-
-# vllm/config/lora.py, `MaxLoRARanks` (vLLM 0.31.0).
-MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-SHARED_MEMORY = "/dev/shm"
-# Of a request to a server: a batch of long completions takes minutes.
-TIMEOUT = 3600.0
-
-
-def max_lora_rank(rank: int) -> int:
-    """Returns the smallest `max_lora_rank` of vLLM's that an adapter of this rank fits in."""
-    return next(limit for limit in MAX_LORA_RANKS if limit >= rank)
 
 
 def refuse_missing_vllm() -> None:
@@ -107,22 +95,16 @@ class AdapterRollout:
                     f"{', '.join(sorted(engine_options))}: options of an engine in this process, but server_url="
                     f"{server_url!r} is given too. Give them to `vllm serve`."
                 )
-            if urlsplit(server_url).scheme not in ("http", "https"):
-                raise ValueError(f"server_url={server_url!r} has no scheme: write it as in http://localhost:8000.")
+            refuse_unfit_url(server_url)
         else:
             refuse_missing_vllm()
         self.server_url = server_url
         self.adapter_name = adapter_name
         self.dtype = dtype
         self.engine_options = engine_options
-        self._engine: Optional[_Engine] = None
-        self._sent: Optional[torch.Tensor] = None
-        self._n_sent = 0
-        # Removed with this object.
-        in_memory = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None
-        self._folder = tempfile.TemporaryDirectory(prefix="trl-tinylora-", dir=folder or in_memory)
-        # A name of its own for each set of values: vLLM keeps the keys and values of a prompt by the adapter's name.
-        self._prefix = f"trl-tinylora-{uuid.uuid4().hex[:8]}"
+        self._engine: Optional[Engine] = None
+        # Made here, so that a folder that is not there is refused before work starts.
+        self._folder = folder_for_adapters(folder)
 
     def __call__(self, prompts: list, trainer: GRPOTrainer) -> dict[str, list]:
         """
@@ -144,15 +126,18 @@ class AdapterRollout:
         if self._engine is None:
             _refuse_settings(trainer)
             _refuse_model(trainer.model, self.adapter_name)
-            # One adapter on a server serves all processes.
-            (self._prefix,) = broadcast_object_list([self._prefix])
             self._engine = self._start(trainer)
         self.send(trainer.model)
         # The main process sends to a server; nobody samples before it has.
         trainer.accelerator.wait_for_everyone()
         prompt_ids = _tokenize(prompts, trainer)
-        completion_ids, logprobs = self._engine.sample(prompt_ids, _sampling_parameters(trainer.args))
-        return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": logprobs}
+        names = [self.adapter_name] * len(prompt_ids)
+        sampled = self._engine.sample(prompt_ids, names, _sampling_parameters(trainer.args))
+        return {
+            "prompt_ids": prompt_ids,
+            "completion_ids": [one.token_ids for one in sampled],
+            "logprobs": [one.logprobs for one in sampled],
+        }
 
     def send(self, model: PeftModel) -> int:
         """
@@ -160,164 +145,55 @@ class AdapterRollout:
 
         All processes have to call it, for values that are sharded are gathered.
         """
-        values = model.base_model.bank.vectors(self.adapter_name).whole_values()
-        if self._sent is not None and torch.equal(values, self._sent):
-            return 0
-        self._n_sent += 1
-        folder = Path(self._folder.name, f"{self._n_sent}")
-        export_lora(model, folder, self.adapter_name, dtype=self.dtype or _dtype_of(model))
-        self._engine.load(f"{self._prefix}-{self._n_sent}", self._n_sent, folder)
-        self._sent = values
-        # Nobody reads the one before again, and memory is not a disk.
-        shutil.rmtree(Path(self._folder.name, f"{self._n_sent - 1}"), ignore_errors=True)
-        return sum(path.stat().st_size for path in folder.iterdir())
+        return self._engine.send(model, self.adapter_name, self.dtype)
 
     def close(self) -> None:
-        """Takes the adapter off a server and removes the files; an engine in this process ends with this object."""
+        """
+        Takes the adapter off a server and removes the files.
+
+        An engine in this process stays until this object goes: vLLM ends torch's process group with its engine, and a
+        trainer that saves still needs that.
+        """
         if self._engine is not None:
             self._engine.close()
-        self._sent = None
         self._folder.cleanup()
 
-    def _start(self, trainer: GRPOTrainer) -> _Engine:
-        if self.server_url is None:
-            plan = trainer.model.base_model.bank.vectors(self.adapter_name).plan
-            return _EngineHere(trainer, plan.rank, list(plan.index), self.engine_options)
-        return _Server(self.server_url, trainer.model.name_or_path, trainer.accelerator.is_main_process)
+    def _start(self, trainer: GRPOTrainer) -> Engine:
+        # One adapter on a server serves all processes.
+        (prefix,) = broadcast_object_list([new_prefix()])
+        model, accelerator = trainer.model, trainer.accelerator
+        if self.server_url is not None:
+            refuse_unfit_server(self.server_url, model.name_or_path)
+            return ServerEngine(self.server_url, self._folder, prefix, loads=accelerator.is_main_process)
+        return LocalEngine(_engine_settings(trainer, self.adapter_name, self.engine_options), self._folder, prefix)
 
 
-class _Engine(ABC):
-    """What samples: it holds the base model, and one adapter at a time."""
+def _engine_settings(trainer: GRPOTrainer, adapter_name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """What `vllm.LLM` gets in a trainer's process."""
+    from trl.trainer import ensure_master_addr_port
 
-    @abstractmethod
-    def load(self, name: str, number: int, folder: Path) -> None:
-        """Takes the adapter in a folder, in place of the one before."""
-
-    @abstractmethod
-    def sample(self, prompt_ids: list[list[int]], parameters: dict) -> tuple[list[list[int]], list[list[float]]]:
-        """Returns the tokens and their log-probabilities of one completion for each prompt."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Gives back what it holds."""
-
-
-class _EngineHere(_Engine):
-    """An engine in this process."""
-
-    def __init__(self, trainer: GRPOTrainer, rank: int, modules: list[str], options: dict[str, Any]):
-        from trl.trainer import ensure_master_addr_port
-        from vllm import LLM
-
-        args, accelerator = trainer.args, trainer.accelerator
-        if "model" not in options:
-            _refuse_quantised(trainer.model)
-        # As TRL starts its own (trl v1.16.0, trl/generation/vllm_generation.py:330-360): vLLM's launcher for processes
-        # that are there already reads these, and starts no process, which a script without a main guard could not.
-        os.environ["RANK"] = str(accelerator.process_index)
-        os.environ["LOCAL_RANK"] = str(accelerator.local_process_index)
-        os.environ["WORLD_SIZE"] = str(accelerator.num_processes)
-        ensure_master_addr_port()
-        settings = {
-            "model": trainer.model.name_or_path,
-            "revision": (args.model_init_kwargs or {}).get("revision"),
-            "dtype": str(_dtype_of(trainer.model)).removeprefix("torch."),
-            "distributed_executor_backend": "external_launcher",
-            "gpu_memory_utilization": args.vllm_gpu_memory_utilization,
-            "max_model_len": args.vllm_max_model_length,
-            "max_num_seqs": args.per_device_train_batch_size * args.steps_per_generation,
-            "max_num_batched_tokens": 4096,
-            "model_impl": args.vllm_model_impl,
-            "trust_remote_code": getattr(args, "trust_remote_code", False),
-            # Each process and each of the runs that differ in their seed samples otherwise.
-            "seed": args.seed * accelerator.num_processes + accelerator.process_index,
-            "logprobs_mode": "processed_logprobs",
-            "enable_lora": True,
-            "max_loras": 1,
-            "max_lora_rank": max_lora_rank(rank),
-            # No room for the output embedding, which is as large as all others together.
-            "lora_target_modules": sorted({name.rpartition(".")[2] for name in modules}),
-        }
-        self.llm = LLM(**(settings | options))
-        self._request = None
-
-    def load(self, name: str, number: int, folder: Path) -> None:
-        from vllm.lora.request import LoRARequest
-
-        if self._request is not None:
-            self.llm.llm_engine.remove_lora(self._request.lora_int_id)
-        self._request = LoRARequest(name, number, str(folder))
-        self.llm.llm_engine.add_lora(self._request)
-
-    def sample(self, prompt_ids: list[list[int]], parameters: dict) -> tuple[list[list[int]], list[list[float]]]:
-        from vllm import SamplingParams
-
-        prompts = [{"prompt_token_ids": ids} for ids in prompt_ids]
-        outputs = self.llm.generate(prompts, SamplingParams(**parameters), lora_request=self._request, use_tqdm=False)
-        sampled = [output.outputs[0] for output in outputs]
-        logprobs = [
-            [position[token].logprob for token, position in zip(one.token_ids, one.logprobs, strict=True)]
-            for one in sampled
-        ]
-        return [list(one.token_ids) for one in sampled], logprobs
-
-    def close(self) -> None:
-        # It stays: vLLM ends torch's process group with its engine, and a trainer that saves still needs that.
-        pass
-
-
-class _Server(_Engine):
-    """A server of vLLM's, which loads adapters by name while it runs."""
-
-    def __init__(self, url: str, model: str, is_main_process: bool):
-        self.url, self.is_main_process = url.rstrip("/"), is_main_process
-        self.name: Optional[str] = None
-        served = self._ask("/v1/models")["data"][0]
-        # A folder on one machine and a name on the Hub end alike.
-        if Path(served.get("root") or served["id"]).name != Path(model).name:
-            raise ValueError(
-                f"the server at {self.url} serves {served.get('root')!r}, and the trainer's model is {model!r}: "
-                "completions would be another model's. Start `vllm serve` with the trainer's model."
-            )
-
-    def load(self, name: str, number: int, folder: Path) -> None:
-        if self.is_main_process:
-            self.close()
-            self._ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
-        self.name = name
-
-    def sample(self, prompt_ids: list[list[int]], parameters: dict) -> tuple[list[list[int]], list[list[float]]]:
-        body = {"model": self.name, "prompt": prompt_ids, "return_token_ids": True, **parameters}
-        choices = sorted(self._ask("/v1/completions", body)["choices"], key=lambda choice: choice["index"])
-        logprobs = [choice["logprobs"]["token_logprobs"] for choice in choices]
-        return [choice["token_ids"] for choice in choices], logprobs
-
-    def close(self) -> None:
-        if self.is_main_process and self.name is not None:
-            self._ask("/v1/unload_lora_adapter", {"lora_name": self.name})
-        self.name = None
-
-    def _ask(self, path: str, body: Optional[dict] = None) -> Any:
-        """The server's answer, from JSON where it is an object; a GET request without a body."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-                answer = response.read().decode()
-        except urllib.error.HTTPError as error:
-            if error.code == 404 and path == "/v1/load_lora_adapter":
-                raise ValueError(
-                    f"the server at {self.url} loads no adapters: start it with `VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 "
-                    "vllm serve MODEL --enable-lora --max-lora-rank 8`, the rank at least the adapter's."
-                ) from error
-            said = error.read().decode(errors="replace").strip()
-            raise RuntimeError(f"the vLLM server refused {path} ({error.code}): {said}") from error
-        except OSError as error:
-            raise ConnectionError(
-                f"the vLLM server at {self.url} cannot be reached: {error}. Start it with `vllm serve MODEL "
-                "--enable-lora`, and wait until it answers."
-            ) from error
-        return json.loads(answer) if answer.startswith("{") else answer
+    args, accelerator = trainer.args, trainer.accelerator
+    if "model" not in options:
+        _refuse_quantised(trainer.model)
+    # As TRL starts its own (trl v1.16.0, trl/generation/vllm_generation.py:330-360): vLLM's launcher for processes that
+    # are there already reads these, and starts no process, which a script without a main guard could not.
+    os.environ["RANK"] = str(accelerator.process_index)
+    os.environ["LOCAL_RANK"] = str(accelerator.local_process_index)
+    os.environ["WORLD_SIZE"] = str(accelerator.num_processes)
+    ensure_master_addr_port()
+    settings = {
+        "revision": (args.model_init_kwargs or {}).get("revision"),
+        "distributed_executor_backend": "external_launcher",
+        "gpu_memory_utilization": args.vllm_gpu_memory_utilization,
+        "max_model_len": args.vllm_max_model_length,
+        "max_num_seqs": args.per_device_train_batch_size * args.steps_per_generation,
+        "max_num_batched_tokens": 4096,
+        "model_impl": args.vllm_model_impl,
+        "trust_remote_code": getattr(args, "trust_remote_code", False),
+        # Each process and each of the runs that differ in their seed samples otherwise.
+        "seed": args.seed * accelerator.num_processes + accelerator.process_index,
+    }
+    return engine_settings(trainer.model, adapter_name) | settings | options
 
 
 def _refuse_settings(trainer: GRPOTrainer) -> None:
@@ -356,13 +232,8 @@ def _refuse_model(model: Any, adapter_name: str) -> None:
         )
 
 
-def _dtype_of(model: PeftModel) -> torch.dtype:
-    """The dtype of the base's weights."""
-    return model.get_base_model().dtype
-
-
 def _refuse_quantised(model: PeftModel) -> None:
-    """Raises `ValueError` where the trainer quantised the weights while it loaded them, which vLLM would not."""
+    """Raises `ValueError` where the weights were quantised while they were loaded, which vLLM would not do."""
     quantizer = getattr(model.get_base_model(), "hf_quantizer", None)
     # What was saved quantised vLLM reads as such, or refuses.
     if quantizer is not None and not quantizer.pre_quantized:

@@ -8,6 +8,7 @@ import torch
 from evaluation.arguments import GenerationArguments
 from evaluation.generation import TransformersGenerator
 from evolution.candidates import Candidates
+from evolution.sampling import BatchSampler
 from peft import get_peft_model
 from transformers import AutoTokenizer
 
@@ -34,8 +35,9 @@ def letters(prompts, completions, completion_ids, answer, **columns):
 def make(make_model, base_folder):
     def build(count, batch_size):
         model = get_peft_model(make_model(), TinyLoraConfig(n_tie=4)).eval()
-        generator = TransformersGenerator(model, AutoTokenizer.from_pretrained(base_folder), COLD)
-        return Candidates(model, generator, count, batch_size)
+        tokenizer = AutoTokenizer.from_pretrained(base_folder)
+        sampler = BatchSampler(TransformersGenerator(model, tokenizer, COLD), batch_size)
+        return Candidates(model, tokenizer, sampler, count)
 
     return build
 

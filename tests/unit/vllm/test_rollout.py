@@ -3,9 +3,6 @@
 The real vLLM is in tests/with_vllm. CPU, seconds.
 """
 
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -18,53 +15,8 @@ from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_tinylora import AdapterRollout, TinyLoraConfig, export_lora
-from trl_tinylora.vllm.rollout import _refuse_quantised, _refuse_settings, _tokenize, max_lora_rank
-
-
-class StandIn:
-    """What a server of vLLM's answers; `replies` overrides the status and body of a path."""
-
-    def __init__(self, model):
-        self.replies, self.requests, self.files = {}, [], []
-        self.model = model
-        owner = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                self.answer({"data": [{"id": "served", "root": owner.model}]})
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                owner.requests.append((self.path, body))
-                if self.path == "/v1/load_lora_adapter":
-                    owner.files.append(load_file(Path(body["lora_path"], "adapter_model.safetensors")))
-                # Not in the order of the prompts.
-                choices = [
-                    {"index": n, "token_ids": [5, n], "logprobs": {"token_logprobs": [-0.5, -1.0 - n]}}
-                    for n in reversed(range(len(body.get("prompt", ()))))
-                ]
-                self.answer({"choices": choices})
-
-            def answer(self, body):
-                status, body = owner.replies.get(self.path, (200, body))
-                self.send_response(status)
-                self.end_headers()
-                self.wfile.write(json.dumps(body).encode())
-
-            def log_message(self, *args):
-                pass
-
-        self.server = HTTPServer(("localhost", 0), Handler)
-        self.url = f"http://localhost:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-
-@pytest.fixture
-def stand_in(base_folder):
-    server = StandIn(f"/elsewhere/{Path(base_folder).name}")
-    yield server
-    server.server.shutdown()
-    server.server.server_close()
+from trl_tinylora.vllm.engine import max_lora_rank
+from trl_tinylora.vllm.rollout import _refuse_quantised, _refuse_settings, _tokenize
 
 
 @pytest.fixture
