@@ -164,6 +164,8 @@ def _refuse(script_args: RLArguments, args: EvolutionArguments, model_args: trl.
         raise ValueError(f"es.py searches in one process, and the launcher started {processes}: start it without one")
     if script_args.rollouts != "merged":
         raise ValueError(f"es.py has adapters sampled in any case, and rollouts is {script_args.rollouts!r}: drop it")
+    if script_args.relative_kl is not None:
+        raise ValueError("relative_kl is of a gradient's step, and a search has none: drop it, and give --sigma")
     if args.use_vllm and (model_args.load_in_4bit or model_args.load_in_8bit):
         raise ValueError(
             "load_in_4bit and load_in_8bit quantise the weights while they load, and vLLM would sample from the "
@@ -194,7 +196,15 @@ def _settings(
     script_args: RLArguments, args: EvolutionArguments, model_args: trl.ModelConfig, config: TinyLoraConfig
 ) -> dict:
     """All settings that candidates and rewards follow from; `max_steps` is not among them."""
-    others = {"output_dir", "max_steps", "resume_from_checkpoint", "disable_tqdm", "dataset_test_split", "rollouts"}
+    others = {
+        "output_dir",
+        "max_steps",
+        "resume_from_checkpoint",
+        "disable_tqdm",
+        "dataset_test_split",
+        "rollouts",
+        "relative_kl",
+    }
     others |= {"vllm_server_base_url", "vllm_gpu_memory_utilization"}
     found = asdict(script_args) | asdict(args) | asdict(model_args)
     found |= {name: getattr(config, name) for name in CONFIG_FIELDS}

@@ -12,6 +12,7 @@ from training.arguments import AdapterArguments, RLArguments, build_peft_config
 from training.callbacks import callbacks_for
 from training.card import describe_training
 from training.launch import prepare, refuse_another_adapter, run
+from training.rate import set_learning_rate
 
 from trl_tinylora import SamplingFidelityCallback, TinyLoraConfig
 from trl_tinylora.storage.card import put_section
@@ -76,6 +77,7 @@ def main(
     if training_args.use_vllm and isinstance(peft_config, TinyLoraConfig):
         trainer.add_callback(SamplingFidelityCallback(trainer))
     refuse_another_adapter(trainer.model, resume_from_checkpoint)
+    set_learning_rate(trainer, script_args, task.for_rl(train_rows, *asked)["prompt"])
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     if rollout is not None:
         rollout.close()

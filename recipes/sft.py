@@ -12,6 +12,7 @@ from training.arguments import AdapterArguments, RecipeArguments, build_peft_con
 from training.callbacks import callbacks_for
 from training.card import describe_training
 from training.launch import prepare, refuse_another_adapter, run
+from training.rate import set_learning_rate
 
 from trl_tinylora.storage.card import put_section
 from trl_tinylora.tasks import get_task
@@ -70,6 +71,7 @@ def main(
         callbacks=callbacks_for(adapter_args, training_args, f"{len(train_rows)} rows of {script_args.dataset_name}"),
     )
     refuse_another_adapter(trainer.model, resume_from_checkpoint)
+    set_learning_rate(trainer, script_args, task.for_rl(train_rows, *asked)["prompt"])
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
     if peft_config is not None and trainer.accelerator.is_main_process:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .convert.gguf import export_gguf
     from .convert.lora import export_lora
     from .convert.peft_tinylora import convert_peft_tinylora
+    from .learning_rate import find_learning_rate
     from .registration import register
     from .tuner.model import TinyLoraModel
     from .vllm.fidelity import SamplingFidelityCallback, sampling_fidelity
@@ -30,6 +31,7 @@ __all__ = [
     "convert_peft_tinylora",
     "export_gguf",
     "export_lora",
+    "find_learning_rate",
     "register",
     "sampling_fidelity",
 ]
@@ -44,6 +46,7 @@ _MODULES = {
     "convert_peft_tinylora": "convert.peft_tinylora",
     "export_gguf": "convert.gguf",
     "export_lora": "convert.lora",
+    "find_learning_rate": "learning_rate",
     "register": "registration",
     "sampling_fidelity": "vllm.fidelity",
 }

@@ -20,7 +20,14 @@ ADAPTER_KEYS = {item.name for item in fields(AdapterArguments)} | {
     for item in fields(trl.ModelConfig)
     if item.name.startswith(("lora_", "use_peft", "use_rslora", "use_dora"))
 }
-ARM_KEYS = {"label", "recipe", "arguments", "own_samples", "rates_of", "sizes"}
+ARM_KEYS = {"label", "recipe", "arguments", "own_samples", "rate_key", "rates_of", "sizes"}
+# The argument that the rates of an arm set, by algorithm, the first by default: a rate, how far a step shall go, or the
+# first deviation of a search.
+RATE_KEYS = {
+    "rl": ("learning_rate", "relative_kl"),
+    "sft": ("learning_rate", "relative_kl"),
+    "es": ("sigma",),
+}
 SIZE_KEYS = {"label", "arguments", "learning_rate", "learning_rates"}
 # Keys of a control, by kind.
 CONTROLS = {"zero": {"size"}, "random-values": {"size", "of"}, "prompted": {"system_prompt"}}
@@ -34,8 +41,9 @@ class CompareArguments(GenerationArguments):
     Args:
         arms (`dict`): By name: `label`, `recipe` (the YAML, named after its script: `grpo.yaml`, `sft.yaml` or
             `es.yaml`), and optionally `arguments` (of the recipe, that this arm changes), `own_samples` (train on the
-            untrained model's own right answers, out of so many samples a problem), `rates_of` (an arm whose learning
-            rates are taken) and `sizes` (of all, by default).
+            untrained model's own right answers, out of so many samples a problem), `rate_key` (`"relative_kl"`, where
+            the arm's rates are those, and the learning rate is found), `rates_of` (an arm whose learning rates are
+            taken) and `sizes` (of all, by default).
         sizes (`dict`): By name: `label`, `arguments` (of the adapter) and `learning_rate` (by arm; used without a
             sweep) or `learning_rates` (a grid by arm; used by a sweep).
         controls (`dict`): By name: `label`, `kind` and its keys: `"zero"` (`size`: that adapter, untrained),
@@ -124,6 +132,9 @@ class CompareArguments(GenerationArguments):
                 raise ValueError(
                     f"{where}.recipe must be a grpo.yaml, an sft.yaml or an es.yaml, got {arm['recipe']!r}"
                 )
+            keys = RATE_KEYS[self.algorithm_of(name)]
+            if arm.get("rate_key", keys[0]) not in keys:
+                raise ValueError(f"{where}.rate_key must be one of {', '.join(keys)}, got {arm['rate_key']!r}")
             _check_names(where, "sizes", arm, self.sizes)
             _check_names(where, "rates_of", arm, self.arms)
 
@@ -164,6 +175,10 @@ class CompareArguments(GenerationArguments):
     def algorithm_of(self, arm: str) -> str:
         """`"rl"`, `"sft"` or `"es"`, as the name of the arm's recipe says."""
         return ALGORITHMS[Path(self.arms[arm]["recipe"]).stem]
+
+    def rate_key(self, arm: str) -> str:
+        """The argument that an arm's rates set."""
+        return self.arms[arm].get("rate_key", RATE_KEYS[self.algorithm_of(arm)][0])
 
     def cells(self) -> list[tuple[str, str]]:
         """Arm and size of everything that is trained, RL first: its runs are the long ones."""

@@ -14,7 +14,6 @@ from comparison.arguments import ADAPTER_KEYS, CompareArguments
 from comparison.records import flat_values
 from comparison.runs import (
     MODEL_KEYS,
-    RATE_KEYS,
     SCRIPTS,
     Evolution,
     OwnSamples,
@@ -228,7 +227,10 @@ class Plan:
         recipe = self.recipes[arm] | described.get("arguments", {})
         settings = {key: value for key, value in recipe.items() if key not in ADAPTER_KEYS | {"output_dir"}}
         algorithm = self.arguments.algorithm_of(arm)
-        settings |= self._adapter(size, seed) | {"seed": seed, RATE_KEYS[algorithm]: float(rate)}
+        rate_key = self.arguments.rate_key(arm)
+        if rate_key == "relative_kl":
+            settings.pop("learning_rate", None)
+        settings |= self._adapter(size, seed) | {"seed": seed, rate_key: float(rate)}
         asked = self._asked() | {"settings": settings, "inputs": _hashes(settings)}
         if phase == "sweep":
             asked["problems"] = replace(asked["problems"], split=self.arguments.validation_split)

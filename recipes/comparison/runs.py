@@ -23,6 +23,7 @@ from records.files import digest_of, write_text
 from training.arguments import AdapterArguments, build_peft_config
 from training.callbacks import trained_values
 
+from comparison.arguments import RATE_KEYS
 from comparison.records import resolved_settings, training_curve
 from trl_tinylora.tasks import get_task
 
@@ -30,8 +31,6 @@ from trl_tinylora.tasks import get_task
 SCRIPTS: dict[str, ModuleType] = {"rl": grpo, "sft": sft, "es": es}
 MAX_RECORDED_VALUES = 256
 OWN_SAMPLES = "train.jsonl"
-# The argument of each script that a sweep chooses: a learning rate, or the first deviation of a search.
-RATE_KEYS = {"rl": "learning_rate", "sft": "learning_rate", "es": "sigma"}
 # Keys of a recipe that say how its model is loaded.
 MODEL_KEYS = ("model_name_or_path", "model_revision", "dtype", "load_in_8bit", "load_in_4bit")
 MODEL_KEYS += ("bnb_4bit_quant_type", "use_bnb_nested_quant")
@@ -295,7 +294,8 @@ class Training(Run):
         recipe = SCRIPTS[self.script]
         parsed = trl.TrlParser(recipe.ARGUMENTS).parse_dict(settings)
         trained = recipe.main(*parsed)
-        record = {"seed": settings["seed"], "learning_rate": settings[RATE_KEYS[self.script]]}
+        rate = next(settings[key] for key in RATE_KEYS[self.script] if key in settings)
+        record = {"seed": settings["seed"], "learning_rate": rate}
         record["config"] = resolved_settings(parsed)
         if self.own_samples is not None:
             # Where they lay says nothing to others.

@@ -36,12 +36,17 @@ class RecipeArguments(trl.ScriptArguments):
         system_prompt (`str`, *optional*): A system message before every problem, instead of the task's own.
         instruction (`str`, *optional*): What follows every problem's question, instead of the task's own.
         limit (`int`, *optional*): Take only the first `limit` rows of the split.
+        relative_kl (`float`, *optional*): Find the learning rate, in place of `learning_rate`: the one at which Adam's
+            first step moves the policy by this share of its entropy ([`~trl_tinylora.find_learning_rate`]).
     """
 
     task: str = field(default="gsm8k", metadata={"help": "Prompt, gold answer and grading: gsm8k or math."})
     system_prompt: str | None = field(default=None, metadata={"help": "A system message before every problem."})
     instruction: str | None = field(default=None, metadata={"help": "What follows every question."})
     limit: int | None = field(default=None, metadata={"help": "Take only the first `limit` rows of the split."})
+    relative_kl: float | None = field(
+        default=None, metadata={"help": "Find the learning rate: KL divergence of a step over the policy's entropy."}
+    )
 
 
 @dataclass

@@ -17,6 +17,7 @@ from transformers import AutoConfig, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from training.arguments import AdapterArguments, RecipeArguments
+from training.rate import refuse_unfit_optimizer
 from trl_tinylora import TinyLoraModel
 from trl_tinylora.sources import ADAPTER_FILE, MODEL_FILE, refuse_unfit_base
 from trl_tinylora.storage.checkpoint import read_fields
@@ -143,8 +144,8 @@ def prepare(
     Returns:
         `str` or `None`: As of [`resume_point`].
     Raises:
-        ValueError: If an argument is missing, or names no base model, the checkpoint's adapter is of another kind, or
-            vLLM is to sample from a quantised base.
+        ValueError: If an argument is missing, or names no base model, the checkpoint's adapter is of another kind,
+            vLLM is to sample from a quantised base, or the optimiser is none that `relative_kl` is for.
         FileExistsError, FileNotFoundError: As of [`resume_point`].
     """
     refuse_missing(script_args, model_args)
@@ -154,8 +155,9 @@ def prepare(
         _refuse_another_kind(Path(checkpoint), adapter_args.adapter)
     refuse_unfit_base(model_args.model_name_or_path, model_args.model_revision)
     _refuse_vllm_of_quantised(training_args, model_args, adapter_args)
+    refuse_unfit_optimizer(script_args, training_args)
     rate = training_args.learning_rate
-    if adapter_args.adapter == "tinylora" and rate < LOWEST_LEARNING_RATE:
+    if adapter_args.adapter == "tinylora" and script_args.relative_kl is None and rate < LOWEST_LEARNING_RATE:
         warnings.warn(
             f"learning_rate={rate:g} moves TinyLoRA's values by about that much a step, which changes the model hardly "
             f"at all. Take {LOWEST_LEARNING_RATE:g} or more; the recipes take 1e-4 for 13 values.",

@@ -108,6 +108,7 @@ def test_a_search_in_which_nothing_differs_says_so(tmp_path, monkeypatch, capsys
         ({"population": 4.5}, "population must be an integer of at least 3, got 4.5"),
         ({"seed": 2**32}, r"seed must be below 2\*\*32, got 4294967296"),
         ({"rollouts": "adapter"}, "es.py has adapters sampled in any case, and rollouts is 'adapter'"),
+        ({"relative_kl": 1e-3}, "relative_kl is of a gradient's step, and a search has none: drop it"),
         ({"vllm_mode": "both"}, "vllm_mode must be 'colocate' or 'server', got 'both'"),
         ({"use_vllm": True, "vllm_mode": "server"}, "needs an address: --vllm_server_base_url http://localhost:8000"),
         ({"vllm_server_base_url": "http://localhost:9"}, "is not used: set use_vllm to true and vllm_mode to 'server'"),

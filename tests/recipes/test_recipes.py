@@ -114,6 +114,35 @@ def test_training_saves_an_adapter_that_evaluates_as_the_trained_model(name, tmp
         SCRIPTS[name].main(*parse(name, tmp_path / "model", **SHORT[name]))
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_recipe_finds_its_learning_rate(name, tmp_path, capsys):
+    rates = []
+    for share in (1e-4, 1e-2):
+        trainer = SCRIPTS[name].main(*parse(name, tmp_path / f"{share}", relative_kl=share, **SHORT[name]))
+        rates.append(trainer.args.learning_rate)
+        assert trainer.optimizer.param_groups[0]["initial_lr"] == rates[-1]
+        assert f"learning rate {rates[-1]:g}" in (tmp_path / f"{share}" / "README.md").read_text()
+    assert 5 < rates[1] / rates[0] < 20 and 1e-3 < rates[0] < 0.1
+    given = yaml.safe_load((TOY / f"{name}.yaml").read_text())["learning_rate"]
+    said = f"Learning rate {rates[1]:.3g}, in place of {given:g}: Adam's first step moves the policy by 0.01"
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.bad_input("a recipe's arguments and files")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"relative_kl": 1e-3, "optim": "sgd"}, "relative_kl is for Adam and its like, and optim is 'sgd'"),
+        ({"relative_kl": -1.0}, "`relative_kl` must be finite and above 0, got -1.0"),
+    ],
+    ids=str,
+)
+def test_a_learning_rate_that_cannot_be_found_is_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        sft.main(*parse("sft", tmp_path / "out", **changes))
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
 def test_an_interrupted_training_continues_from_its_last_checkpoint(tmp_path):
     # A linear decay of one step is not the first half of one of two.
     saved = SHORT["sft"] | {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}

@@ -48,9 +48,7 @@ def test_an_engine_in_this_process_finds_what_transformers_find(by_transformers,
     assert_the_same(search(tmp_path / "out", "--use_vllm", "true"), by_transformers)
 
 
-def test_a_server_finds_what_transformers_find_and_an_interrupted_search_goes_on(
-    by_transformers, server_url, tmp_path
-):
+def test_a_server_finds_what_transformers_find_and_an_interrupted_search_goes_on(by_transformers, server_url, tmp_path):
     served = ["--use_vllm", "true", "--vllm_mode", "server", "--vllm_server_base_url", server_url]
     search(tmp_path / "out", *served, steps=1)
     found = search(tmp_path / "out", *served, "--resume_from_checkpoint", "true")

@@ -35,6 +35,10 @@ from toy_comparison import comparison
             {"arms": {"rl": {"label": "", "recipe": "grpo.yaml", "rates_of": "r"}}},
             r"arms\['rl'\].rates_of names \['r'\]",
         ),
+        (
+            {"arms": {"rl": {"label": "", "recipe": "grpo.yaml", "rate_key": "sigma"}}},
+            r"arms\['rl'\].rate_key must be one of learning_rate, relative_kl, got 'sigma'",
+        ),
         ({"controls": {"a": {"kind": "none"}}}, r"controls\['a'\].kind must be one of .*, got 'none'"),
         ({"controls": {"a": {"kind": "zero"}}}, r"controls\['a'\] may hold .* and needs .*'size'"),
         ({"controls": {"a": {"label": "", "kind": "zero", "size": "5"}}}, r"controls\['a'\].size names \['5'\]"),

@@ -94,6 +94,16 @@ def test_a_search_is_swept_by_its_first_deviation(tmp_path):
     assert search.settings["seed"] == 2 == search.settings["projection_seed"]
 
 
+def test_an_arm_whose_rates_are_found_has_no_rate_beside_how_far_its_steps_go():
+    path = str(TOY / "compare_rates.yaml")
+    (arguments,) = trl.TrlParser((CompareArguments,)).parse_args_and_config(["--config", path])
+    runs = {run.name: run for run in Plan(arguments).final(fixed_learning_rates(arguments))}
+    found, given = runs["final-rl-one-13-seed1"].settings, runs["final-rl-13-seed1"].settings
+    assert found["relative_kl"] == 0.001 and "learning_rate" not in found
+    assert given["learning_rate"] == 0.01 and "relative_kl" not in given
+    assert found.keys() - {"relative_kl"} == given.keys() - {"learning_rate"}
+
+
 def test_the_quick_preset_is_a_part_of_the_full_one():
     full, quick = (yaml.safe_load((TOY / f"{name}.yaml").read_text()) for name in ("compare", "compare_quick"))
     for name, size in quick["sizes"].items():
