@@ -46,6 +46,10 @@ def documents() -> dict[Path, str]:
     path = RECIPES.parent / "docs" / "evolution.md"
     content = readme.recipe_content(_summary(RECIPES / "toy" / "evolution"), "../recipes/toy/evolution")
     renewed[path] = replace_section(path.read_text(encoding="utf-8"), "evolution", content)
+    path = RECIPES.parent / "docs" / "learning-rate.md"
+    summary = _summary(RECIPES / "toy" / "rates")
+    content = "**Not run.**" if summary is None else readme.rates_table(summary)
+    renewed[path] = replace_section(path.read_text(encoding="utf-8"), "rates", content)
     numbers = published.read()
     for recipe in sorted({entry["recipe"] for entry in numbers["tables"]}):
         renewed[RECIPES / recipe / "README.md"] = published.renewed(recipe, numbers)

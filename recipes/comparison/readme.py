@@ -68,6 +68,35 @@ def recipe_content(summary: dict | None, folder: str = "results") -> str:
     return "\n\n".join(parts)
 
 
+def rates_table(summary: dict) -> str:
+    """
+    Learning rates that a sweep chose beside those that were found by how far a step goes, and what both led to.
+
+    Args:
+        summary (`dict`): As [`summarize`] returns; of its arms, those with `found_rates` stand beside the first one of
+            the same algorithm.
+    Returns:
+        `str`: Markdown.
+    """
+    rows = []
+    for found in (cell for cell in summary["cells"] if "found_rates" in cell):
+        alike = [cell for cell in summary["cells"] if all(cell[key] == found[key] for key in ("size", "algorithm"))]
+        swept = next((cell for cell in alike if cell["role"] == "arm" and "found_rates" not in cell), None)
+        low, high = (f"{bound:.2g}" for bound in (min(found["found_rates"]), max(found["found_rates"])))
+        rows.append(
+            [found["label"], f"{found['trained_values']:,}", swept["arm_label"] if swept else found["arm_label"]]
+            + [f"{swept['learning_rate']:g}" if swept else "", low if low == high else f"{low} to {high}"]
+            + [
+                percent(cell["accuracy"].get(kind, {}).get("strict")) if cell else ""
+                for cell in (swept, found)
+                for kind in ("greedy", "sampled")
+            ]
+        )
+    return grid(
+        "trained | values | arm | swept | found | greedy, swept | sampled | greedy, found | sampled", "lrlrrrrrr", rows
+    )
+
+
 def update_readme(path: str | Path, summary: dict) -> None:
     """
     Renews a README's table in place.

@@ -146,6 +146,8 @@ def _cell(group, untrained, rates, grading) -> dict:
         "trained_bytes": first["trained_bytes"],
         "learning_rate": first.get("learning_rate"),
         "rate_at_edge": bool(rate.get("at_edge")),
+        # Where an arm's rates say how far a step shall go.
+        **({"found_rates": [record["config"]["learning_rate"] for record in group]} if "relative_kl" in config else {}),
         "seeds": [record["seed"] for record in group],
         "accuracy": {
             kind: {
