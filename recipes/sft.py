@@ -74,6 +74,7 @@ def main(
     set_learning_rate(trainer, script_args, task.for_rl(train_rows, *asked)["prompt"])
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
+    trainer.save_state()
     if peft_config is not None and trainer.accelerator.is_main_process:
         put_section(training_args.output_dir, "training", describe_training(trainer, script_args.dataset_name))
     trainer.accelerator.print(f"Saved to {training_args.output_dir}", flush=True)

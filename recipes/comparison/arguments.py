@@ -20,7 +20,7 @@ ADAPTER_KEYS = {item.name for item in fields(AdapterArguments)} | {
     for item in fields(trl.ModelConfig)
     if item.name.startswith(("lora_", "use_peft", "use_rslora", "use_dora"))
 }
-ARM_KEYS = {"label", "recipe", "arguments", "own_samples", "rate_key", "rates_of", "sizes"}
+ARM_KEYS = {"label", "recipe", "arguments", "launcher", "own_samples", "rate_key", "rates_of", "sizes"}
 # The argument that the rates of an arm set, by algorithm, the first by default: a rate, how far a step shall go, or the
 # first deviation of a search.
 RATE_KEYS = {
@@ -43,7 +43,8 @@ class CompareArguments(GenerationArguments):
             `es.yaml`), and optionally `arguments` (of the recipe, that this arm changes), `own_samples` (train on the
             untrained model's own right answers, out of so many samples a problem), `rate_key` (`"relative_kl"`, where
             the arm's rates are those, and the learning rate is found), `rates_of` (an arm whose learning rates are
-            taken) and `sizes` (of all, by default).
+            taken), `launcher` (YAML of `accelerate launch`, to train in several processes) and `sizes` (of all, by
+            default).
         sizes (`dict`): By name: `label`, `arguments` (of the adapter) and `learning_rate` (by arm; used without a
             sweep) or `learning_rates` (a grid by arm; used by a sweep).
         controls (`dict`): By name: `label`, `kind` and its keys: `"zero"` (`size`: that adapter, untrained),
@@ -137,6 +138,13 @@ class CompareArguments(GenerationArguments):
                 raise ValueError(f"{where}.rate_key must be one of {', '.join(keys)}, got {arm['rate_key']!r}")
             _check_names(where, "sizes", arm, self.sizes)
             _check_names(where, "rates_of", arm, self.arms)
+            if "launcher" in arm and (arm.get("rate_key") or self.algorithm_of(name) == "es"):
+                raise ValueError(f"{where}.launcher is for a grpo.yaml or sft.yaml with a learning rate: drop it")
+            if "launcher" in arm and not Path(arm["launcher"]).is_file():
+                raise ValueError(f"{where}.launcher={arm['launcher']!r} is not there: name one of recipes/accelerate")
+            sizes = [self.sizes[size] for size in self.sizes_of(name)] if "launcher" in arm else []
+            if any(size["arguments"].get("adapter") == "full" for size in sizes):
+                raise ValueError(f"{where}.launcher is for adapters: leave full fine-tuning out of its sizes")
 
     def _check_controls(self):
         for name, control in (self.controls or {}).items():

@@ -16,6 +16,7 @@ from comparison.runs import (
     MODEL_KEYS,
     SCRIPTS,
     Evolution,
+    Launched,
     OwnSamples,
     Problems,
     RandomValues,
@@ -238,9 +239,10 @@ class Plan:
             sampling = self._sampling(described["own_samples"], seed)
             asked |= {"own_samples": sampling.name, "own_samples_digest": sampling.digest}
         asked |= self._sized(size) | {"script": algorithm}
-        return (Evolution if algorithm == "es" else Training)(
-            name=name, phase=phase, arm=arm, arm_label=described["label"], **asked
-        )
+        kind = Evolution if algorithm == "es" else Training
+        if "launcher" in described:
+            kind, asked = Launched, asked | {"launcher": described["launcher"]}
+        return kind(name=name, phase=phase, arm=arm, arm_label=described["label"], **asked)
 
     def _asked(self) -> dict:
         """What every run has: the model and the data, the test problems, and how they are answered."""

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,14 +17,17 @@ import sft
 import torch
 import transformers
 import trl
+import yaml
 from evaluation.arguments import GenerationArguments
 from evaluation.completions import read_lines
 from evaluation.generation import load_model
 from evaluation.run import evaluate
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from records.files import digest_of, write_text
 from training.arguments import AdapterArguments, build_peft_config
 from training.callbacks import trained_values
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 
 from comparison.arguments import RATE_KEYS
 from comparison.records import resolved_settings, training_curve
@@ -291,16 +297,14 @@ class Training(Run):
             # Drawn from the training problems; the test problems stay those of the comparison. A file, for the recipe's
             # split may be a part of one, "train[500:]".
             settings["dataset_name"] = str(folder.parent / self.own_samples / OWN_SAMPLES)
-        recipe = SCRIPTS[self.script]
-        parsed = trl.TrlParser(recipe.ARGUMENTS).parse_dict(settings)
-        trained = recipe.main(*parsed)
+        parsed = trl.TrlParser(SCRIPTS[self.script].ARGUMENTS).parse_dict(settings)
+        model, tokenizer, course = self._outcome(settings, parsed)
         rate = next(settings[key] for key in RATE_KEYS[self.script] if key in settings)
         record = {"seed": settings["seed"], "learning_rate": rate}
         record["config"] = resolved_settings(parsed)
         if self.own_samples is not None:
             # Where they lay says nothing to others.
             record["config"]["dataset_name"] = self.own_samples
-        model, tokenizer, course = self._outcome(trained)
         return (
             record
             | _trained(model, parsed[-1].kept_dtype)
@@ -308,16 +312,16 @@ class Training(Run):
             | {"metrics": self.metrics(model, tokenizer, folder)}
         )
 
-    def _outcome(self, trainer: transformers.Trainer) -> tuple:
-        """Of what the recipe returned: the model, its tokenizer, and what the record says of its course."""
+    def _outcome(self, settings: dict, parsed: tuple) -> tuple:
+        """Trains; returns the model, its tokenizer, and what the record says of the course."""
+        trainer = SCRIPTS[self.script].main(*parsed)
         model = trainer.accelerator.unwrap_model(trainer.model)
-        return model, trainer.processing_class, self._budget(trainer) | training_curve(trainer.state.log_history)
+        return model, trainer.processing_class, self._course(trainer.args, trainer.state)
 
-    def _budget(self, trainer: transformers.Trainer) -> dict:
-        """Steps, problems, tokens and seconds of a training."""
-        args, state = trainer.args, trainer.state
+    def _course(self, args: transformers.TrainingArguments, state: TrainerState, processes: int = 1) -> dict:
+        """Steps, problems, tokens and seconds of a training, and what was logged of it."""
         logs = [entry for entry in state.log_history if "loss" in entry or "reward" in entry]
-        rows = state.global_step * args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        rows = state.global_step * args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
         generated = 0
         if self.script == "rl":
             rows //= args.num_iterations
@@ -330,14 +334,63 @@ class Training(Run):
             "generated_tokens": generated,
             "trained_tokens": round(max(entry.get("num_tokens", 0) for entry in logs)),
             "train_seconds": round(state.log_history[-1]["train_runtime"], 1),
-        }
+        } | training_curve(state.log_history)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launched(Training):
+    """
+    A recipe's training in several processes by `accelerate launch`, with the same rows a step, and its evaluation here.
+
+    Args:
+        launcher (`str`): The launcher's YAML.
+    """
+
+    launcher: str
+
+    def _outcome(self, settings: dict, parsed: tuple) -> tuple:
+        processes = yaml.safe_load(Path(self.launcher).read_text(encoding="utf-8"))["num_processes"]
+        has_gpu = torch.cuda.is_available()
+        if has_gpu and torch.cuda.device_count() < processes:
+            raise ValueError(
+                f"{self.launcher} starts {processes} processes, and a run of a comparison has "
+                f"{torch.cuda.device_count()} GPU: launch the recipe by itself"
+            )
+        shared = _shared_out(parsed[1], processes)
+        output_dir = Path(settings["output_dir"])
+        recipe = output_dir.with_name("recipe.yaml")
+        write_text(recipe, yaml.safe_dump(settings | shared | {"use_cpu": not has_gpu}))
+        script = Path(SCRIPTS[self.script].__file__)
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", self.launcher]
+        # Another port for each, since several may run at a time.
+        command += ["--main_process_port", "0", str(script), "--config", str(recipe)]
+        # DeepSpeed compiles with the ninja that stands beside this Python.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        subprocess.run(command, check=True, env=os.environ | {"PATH": path})
+        model, tokenizer = self.load()
+        model = PeftModel.from_pretrained(model, output_dir, is_trainable=True)
+        state = TrainerState.load_from_json(str(output_dir / TRAINER_STATE_NAME))
+        return model, tokenizer, self._course(parsed[1], state)
+
+
+def _shared_out(args: transformers.TrainingArguments, processes: int) -> dict:
+    """The batch's keys with the same rows a step in several processes: fewer micro-batches, or smaller ones."""
+    for name in ("gradient_accumulation_steps", "per_device_train_batch_size"):
+        count, rest = divmod(getattr(args, name), processes)
+        if not rest:
+            return {name: count}
+    raise ValueError(
+        f"{processes} processes cannot share {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} "
+        "rows: change per_device_train_batch_size or gradient_accumulation_steps"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evolution(Training):
     """A recipe's search without gradients, and the evaluation of what it found."""
 
-    def _outcome(self, evolved: es.Evolved) -> tuple:
+    def _outcome(self, settings: dict, parsed: tuple) -> tuple:
+        evolved = es.main(*parsed)
         steps = evolved.steps
         budget = {
             "optimizer_steps": len(steps),

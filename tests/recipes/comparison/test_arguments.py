@@ -5,6 +5,9 @@ from comparison.plan import Plan
 from toy_comparison import comparison
 
 
+LAUNCHED = {"label": "RL", "recipe": "grpo.yaml", "launcher": "recipes/accelerate/zero2.yaml"}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -38,6 +41,15 @@ from toy_comparison import comparison
         (
             {"arms": {"rl": {"label": "", "recipe": "grpo.yaml", "rate_key": "sigma"}}},
             r"arms\['rl'\].rate_key must be one of learning_rate, relative_kl, got 'sigma'",
+        ),
+        (
+            {"arms": {"rl": LAUNCHED | {"launcher": "zero.yaml"}}},
+            "'zero.yaml' is not there: name one of recipes",
+        ),
+        ({"arms": {"rl": LAUNCHED}}, "leave full fine-tuning out of its sizes"),
+        (
+            {"arms": {"rl": LAUNCHED | {"rate_key": "relative_kl"}}},
+            "is for a grpo.yaml or sft.yaml with a learning",
         ),
         ({"controls": {"a": {"kind": "none"}}}, r"controls\['a'\].kind must be one of .*, got 'none'"),
         ({"controls": {"a": {"kind": "zero"}}}, r"controls\['a'\] may hold .* and needs .*'size'"),
