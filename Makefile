@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 VLLM := .venv-vllm
 CODE := trl_tinylora recipes tests docs
-BENCHMARKS := build step merge fidelity many_adapters imports saved quantised
+BENCHMARKS := build step merge fidelity many_adapters imports saved quantised shared_batch
 # ruff reads no setup.cfg, so its options stand here.
 RUFF := --line-length 120 --target-version py310
 RULES := --select E,F,I,W,B,UP,RUF100 --ignore B028,UP007,UP035,UP045 --config 'lint.isort.lines-after-imports=2'
@@ -83,6 +83,11 @@ bench: $(INSTALLED)
 	done
 	OMP_NUM_THREADS=1 $(BIN)/python recipes/benchmark.py step --dtypes bfloat16 --hidden 256 --intermediate 1024 \
 		--key_values 64 --repeats 9 --output recipes/benchmarks/results/step_bfloat16.json
+	if [ -n "$(SMOLLM2)" ]; then \
+		OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python recipes/benchmark.py shared_batch --model $(SMOLLM2) \
+			--data recipes/smollm2-135m-arithmetic/data --name SmolLM2-135M-Instruct --repeats 3 \
+			--output recipes/benchmarks/results/shared_batch_smollm2.json; \
+	fi
 	$(BIN)/python recipes/benchmark.py harness --update_docs docs/benchmarks.md --update_readme README.md
 
 # SMOLLM2: a folder of SmolLM2-135M-Instruct in float32, if there is one.

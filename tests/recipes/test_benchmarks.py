@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import build, fidelity, harness, imports, many_adapters, merge, quantised, saved, step
+from benchmarks import build, fidelity, harness, imports, many_adapters, merge, quantised, saved, shared_batch, step
 from records.files import replace_section
 
 
@@ -22,6 +22,7 @@ SMALL = {
     step: "--hidden 64 --key_values 16 --head 16 --intermediate 96 --layers 1 --tokens 8 --repeats 2",
     imports: "--repeats 1",
     saved: "--tokens 8",
+    shared_batch: "--runs 2 --rows 2 --repeats 1",
     quantised: "--steps 1 --completions 4 --problems 2 --tokens 4",
     many_adapters: "--hidden 64 --layers 1 --adapters 2 --thousands 1 --rows 3 --tokens 4 --new_tokens 2 --repeats 2",
 }
