@@ -7,12 +7,9 @@ gradient, which is the direction of Adam's first step, the rate h solves
 
     KL(p_theta, p_{theta + h d}) = relative_kl * H(p_theta)
 
-    KL(h) = mean over completions y ~ p_theta of sum_t [exp(D_t) - 1 - D_t]
-    H     = mean over completions of sum_t -log p_theta(y_t | y_<t)
-    D_t   = log p_{theta + h d}(y_t | y_<t) - log p_theta(y_t | y_<t)
-
-KL's estimator is the one that is never negative. The gradient is that of a random reward, so that neither rewards nor
-right answers are read. The ratio has no unit and does not depend on the length of the completions.
+both as means over completions y ~ p_theta of what is summed, exactly, over the vocabulary at each of their tokens. The
+gradient is that of a random reward, so that neither rewards nor right answers are read. The ratio has no unit and does
+not depend on the length of the completions.
 """
 
 from __future__ import annotations
@@ -33,11 +30,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-# Ratio of the divergence to the wanted one at which the rate is found: it goes with the square of the rate.
+# Ratio of the divergence to the wanted one at which the rate is found; it goes with the square of the rate.
 TOLERANCE = 1.05
 MAX_TRIES = 20
+# From then on a rate that is enclosed is searched for by halving, in case it does not go with the square.
+FIRST_TRIES = 4
 # Longest way from one try to the next; beyond it the divergence does not go with the square.
 MAX_FACTOR = 30.0
+# In nats a completion: below it, rounding has a part in the ratio.
+LOWEST_ENTROPY = 1e-3
 
 
 def find_learning_rate(
@@ -100,55 +101,61 @@ def find_learning_rate(
             _sample(model, processing_class, prompts[start : start + batch_size], max_new_tokens, temperature)
             for start in range(0, len(prompts), batch_size)
         ]
-        before = []
         rewards = torch.randn(len(prompts)).split(batch_size)
-        for batch, reward in zip(batches, rewards, strict=True):
-            logprobs_BT = _logprobs(model, *batch, temperature)
-            (logprobs_BT.sum(1) * reward.to(logprobs_BT)).sum().backward()
-            before.append(logprobs_BT.detach())
-        entropy = -float(torch.cat([logprobs_BT.sum(1) for logprobs_BT in before]).double().mean())
-        if entropy <= 0:
-            raise ValueError("the policy always says the same: its entropy is 0 on these prompts. Raise `temperature`.")
+        for (tokens_BT, kept_BT, sampled_BT), reward in zip(batches, rewards, strict=True):
+            logprobs_NV = _logprobs(model, tokens_BT, kept_BT, sampled_BT, temperature)
+            weights_N = reward.to(logprobs_NV)[:, None].expand_as(sampled_BT)[sampled_BT]
+            (logprobs_NV.gather(1, tokens_BT[sampled_BT][:, None])[:, 0] * weights_N).sum().backward()
         directions = [torch.zeros_like(p) if p.grad is None else p.grad.sign() for p in trained]
         starts = [parameter.detach().clone() for parameter in trained]
 
-        @torch.no_grad()
-        def divergence(rate: float) -> float:
+        def move(rate: float) -> None:
             for parameter, start, direction in zip(trained, starts, directions, strict=True):
                 parameter.copy_(start + rate * direction)
-            total = 0.0
-            for batch, old_BT in zip(batches, before, strict=True):
-                moved_BT = (_logprobs(model, *batch, temperature) - old_BT).double()
-                total += float((moved_BT.expm1() - moved_BT).sum())
-            return total / len(prompts)
+
+        @torch.no_grad()
+        def relative_divergence(rate: float) -> float:
+            divergence = entropy = 0.0
+            for batch in batches:
+                move(0.0)
+                old_NV = _logprobs(model, *batch, temperature)
+                move(rate)
+                new_NV = _logprobs(model, *batch, temperature)
+                divergence += float((old_NV.exp() * (old_NV - new_NV)).sum(1).double().sum())
+                entropy -= float((old_NV.exp() * old_NV).sum(1).double().sum())
+            if entropy < LOWEST_ENTROPY * len(prompts):
+                raise ValueError(
+                    f"the policy always says the same: its entropy is {entropy / len(prompts):.3g} nats a completion on "
+                    "these prompts. Raise `temperature`."
+                )
+            return divergence / entropy
 
         try:
-            return _solve(divergence, relative_kl * entropy)
+            return _solve(relative_divergence, relative_kl)
         finally:
             with torch.no_grad():
-                for parameter, start in zip(trained, starts, strict=True):
-                    parameter.copy_(start)
+                move(0.0)
 
 
-def _solve(divergence: Callable[[float], float], kl: float) -> float:
-    """The rate at which a divergence is `kl`; near 0 it goes with the square of the rate."""
+def _solve(divergence: Callable[[float], float], wanted: float) -> float:
+    """The rate at which a divergence is the wanted one; near 0 it goes with the square of the rate."""
     rate, below, above, tried = 1e-3, 0.0, math.inf, []
-    for _ in range(MAX_TRIES):
+    for number in range(MAX_TRIES):
         found = divergence(rate)
         tried.append(f"{found:.3g} at {rate:.3g}")
-        if kl / TOLERANCE < found < kl * TOLERANCE:
+        if wanted / TOLERANCE < found < wanted * TOLERANCE:
             return rate
-        if found < kl:
+        if found < wanted:
             below = rate
         else:
             # Also where it is infinite or not a number.
             above = rate
-        factor = math.sqrt(kl / found) if 0 < found < math.inf else 1 / MAX_FACTOR if found else MAX_FACTOR
+        factor = math.sqrt(wanted / found) if 0 < found < math.inf else MAX_FACTOR if found <= 0 else 1 / MAX_FACTOR
         rate *= min(max(factor, 1 / MAX_FACTOR), MAX_FACTOR)
-        if not below < rate < above:
+        if not below < rate < above or (number >= FIRST_TRIES and 0 < below and above < math.inf):
             rate = math.sqrt(below * above)
     raise ValueError(
-        f"no learning rate moves the policy by a KL divergence of {kl:.3g}: found were {', '.join(tried[-4:])}. Choose "
+        f"no learning rate moves the policy by {wanted:.3g} of its entropy: found were {', '.join(tried[-4:])}. Choose "
         "another `relative_kl`, or train in a wider dtype."
     )
 
@@ -212,7 +219,7 @@ def _sample(model, processing_class, prompts: Sequence, max_new_tokens: int, tem
 
 
 def _logprobs(model, tokens_BT, kept_BT, sampled_BT, temperature: float) -> torch.Tensor:
-    """Log-probability of each sampled token, 0 elsewhere."""
-    logits_BTV = model(input_ids=tokens_BT, attention_mask=kept_BT.long()).logits[:, :-1].float() / temperature
-    chosen_BT = logits_BTV.gather(2, tokens_BT[:, 1:, None])[..., 0]
-    return torch.where(sampled_BT[:, 1:], chosen_BT - logits_BTV.logsumexp(2), 0.0)
+    """Log-probabilities of the vocabulary where a token was sampled: a row for each such token of all rows."""
+    logits_BTV = model(input_ids=tokens_BT, attention_mask=kept_BT.long()).logits
+    # The logits at a token are of the next one.
+    return (logits_BTV[:, :-1][sampled_BT[:, 1:]].float() / temperature).log_softmax(-1)

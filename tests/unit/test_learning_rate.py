@@ -150,14 +150,21 @@ def test_a_model_of_which_nothing_is_trained_is_refused(make, tokenizer):
 
 @pytest.mark.bad_input("arguments of a tool")
 def test_a_policy_that_always_says_the_same_is_refused(make, tokenizer):
-    with pytest.raises(ValueError, match="its entropy is 0 on these prompts. Raise `temperature`"):
+    with pytest.raises(ValueError, match="its entropy is .* nats a completion on these prompts. Raise `temperature`"):
         find(make(), tokenizer, temperature=1e-6)
 
 
 @pytest.mark.bad_input("arguments of a tool")
 def test_a_divergence_that_no_rate_has_is_refused_with_what_was_found():
-    with pytest.raises(ValueError, match=r"of 0.1: found were 0 at .*wider dtype"):
+    with pytest.raises(ValueError, match=r"by 0.1 of its entropy: found were 0 at .*wider dtype"):
         _solve(lambda rate: 0.0, 0.1)
+
+
+def test_a_divergence_that_jumps_is_enclosed():
+    def divergence(rate):
+        return 1e-4 * rate**2 if rate < 0.3 else 50 * rate**4
+
+    assert divergence(_solve(divergence, 1.0)) == pytest.approx(1, rel=0.06)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
