@@ -7,14 +7,17 @@ gradient, which is the direction of Adam's first step, the rate h solves
 
     KL(p_theta, p_{theta + h d}) = relative_kl * H(p_theta)
 
-both as means over completions y ~ p_theta of what is summed, exactly, over the vocabulary at each of their tokens. The
-gradient is that of a random reward, so that neither rewards nor right answers are read. The ratio has no unit and does
-not depend on the length of the completions.
+of the median completion y ~ p_theta, each exactly: summed over the vocabulary at each of its tokens. Not the mean, for
+in a rare place a policy may be so near to changing its mind that one token outweighs all others. The gradient is that
+of a random reward, so that neither rewards nor right answers are read; several are drawn, each for a part of the
+completions. The ratio has no unit and does not depend on the length of the completions.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -37,6 +40,8 @@ MAX_TRIES = 20
 FIRST_TRIES = 4
 # Longest way from one try to the next; beyond it the divergence does not go with the square.
 MAX_FACTOR = 30.0
+# Gradients of random rewards: with few values, steps of equal length go unequally far in different directions.
+DIRECTIONS = 4
 # In nats a completion: below it, rounding has a part in the ratio.
 LOWEST_ENTROPY = 1e-3
 
@@ -56,7 +61,7 @@ def find_learning_rate(
     Returns the learning rate at which Adam's first step moves the policy by a given share of its entropy.
 
     For Adam and its like (AdamW, Lion) and for everything that is trained: TinyLoRA, LoRA, all weights. Takes one
-    generation, one backward pass and some ten forward passes over the prompts; the model is as before afterwards.
+    generation, four backward passes and some ten forward passes over the prompts; the model is as before afterwards.
 
     Example:
 
@@ -69,8 +74,8 @@ def find_learning_rate(
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): With what is to be trained, whole in this
             process.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
-        prompts (`Sequence`): Texts or conversations, as many as there are completions in a step of the training: where
-            many values are trained, the gradient of more completions is shared by fewer of them.
+        prompts (`Sequence`): Texts or conversations, as many as there are completions in a step of the training: with
+            many trained values, a step on fewer completions moves each of them further.
         relative_kl (`float`, *optional*, defaults to `1e-3`): KL divergence of a step over the entropy of a completion,
             above 0.
         max_new_tokens (`int`, *optional*, defaults to `256`): Limit of a completion, as in training.
@@ -101,40 +106,38 @@ def find_learning_rate(
             _sample(model, processing_class, prompts[start : start + batch_size], max_new_tokens, temperature)
             for start in range(0, len(prompts), batch_size)
         ]
-        rewards = torch.randn(len(prompts)).split(batch_size)
-        for (tokens_BT, kept_BT, sampled_BT), reward in zip(batches, rewards, strict=True):
-            logprobs_NV = _logprobs(model, tokens_BT, kept_BT, sampled_BT, temperature)
-            weights_N = reward.to(logprobs_NV)[:, None].expand_as(sampled_BT)[sampled_BT]
-            (logprobs_NV.gather(1, tokens_BT[sampled_BT][:, None])[:, 0] * weights_N).sum().backward()
-        directions = [torch.zeros_like(p) if p.grad is None else p.grad.sign() for p in trained]
+        directions = [_direction(model, trained, batches, temperature) for _ in range(DIRECTIONS)]
         starts = [parameter.detach().clone() for parameter in trained]
 
-        def move(rate: float) -> None:
-            for parameter, start, direction in zip(trained, starts, directions, strict=True):
-                parameter.copy_(start + rate * direction)
+        def move(rate: float, direction: list[torch.Tensor]) -> None:
+            for parameter, start, signs in zip(trained, starts, direction, strict=True):
+                parameter.copy_(start + rate * signs if rate else start)
 
         @torch.no_grad()
         def relative_divergence(rate: float) -> float:
-            divergence = entropy = 0.0
-            for batch in batches:
-                move(0.0)
+            divergences, entropies = [], []
+            # Each direction on its part of the completions.
+            for batch, direction in zip(batches, itertools.cycle(directions), strict=False):
+                move(0.0, direction)
                 old_NV = _logprobs(model, *batch, temperature)
-                move(rate)
+                move(rate, direction)
                 new_NV = _logprobs(model, *batch, temperature)
-                divergence += float((old_NV.exp() * (old_NV - new_NV)).sum(1).double().sum())
-                entropy -= float((old_NV.exp() * old_NV).sum(1).double().sum())
-            if entropy < LOWEST_ENTROPY * len(prompts):
+                lengths = batch[2].sum(1).tolist()
+                divergences += _sums((old_NV.exp() * (old_NV - new_NV)).sum(1), lengths)
+                entropies += _sums(-(old_NV.exp() * old_NV).sum(1), lengths)
+            entropy = statistics.median(entropies)
+            if entropy < LOWEST_ENTROPY:
                 raise ValueError(
-                    f"the policy always says the same: its entropy is {entropy / len(prompts):.3g} nats a completion on "
-                    "these prompts. Raise `temperature`."
+                    f"the policy nearly always says the same: its entropy is {entropy:.3g} nats a completion on these "
+                    "prompts. Raise `temperature`."
                 )
-            return divergence / entropy
+            return statistics.median(divergences) / entropy
 
         try:
             return _solve(relative_divergence, relative_kl)
         finally:
             with torch.no_grad():
-                move(0.0)
+                move(0.0, directions[0])
 
 
 def _solve(divergence: Callable[[float], float], wanted: float) -> float:
@@ -216,6 +219,24 @@ def _sample(model, processing_class, prompts: Sequence, max_new_tokens: int, tem
     order_BT = kept_BT.long().argsort(dim=1, descending=True, stable=True)
     sampled_BT = torch.cat([torch.zeros_like(prompt_BT), sampled_BT], 1)
     return tuple(each_BT.gather(1, order_BT) for each_BT in (generated_BT, kept_BT, sampled_BT))
+
+
+def _direction(model, trained: list[nn.Parameter], batches: list[tuple], temperature: float) -> list[torch.Tensor]:
+    """The signs of the gradient of a random reward, dtype int8."""
+    for parameter in trained:
+        parameter.grad = None
+    for tokens_BT, kept_BT, sampled_BT in batches:
+        logprobs_NV = _logprobs(model, tokens_BT, kept_BT, sampled_BT, temperature)
+        chosen_N = logprobs_NV.gather(1, tokens_BT[sampled_BT][:, None])[:, 0]
+        rewards_B = torch.randn(len(tokens_BT)).to(chosen_N)
+        (chosen_N * rewards_B.repeat_interleave(sampled_BT.sum(1))).sum().backward()
+    grads = [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in trained]
+    return [grad.sign().to(torch.int8) for grad in grads]
+
+
+def _sums(values_N: torch.Tensor, lengths: list[int]) -> list[float]:
+    """The sum of each completion's tokens, which follow one another."""
+    return [float(part.double().sum()) for part in values_N.split(lengths)]
 
 
 def _logprobs(model, tokens_BT, kept_BT, sampled_BT, temperature: float) -> torch.Tensor:
