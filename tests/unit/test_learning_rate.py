@@ -65,7 +65,8 @@ def completions(model, tokenizer, count):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_of_adam_at_the_rate_moves_the_policy_by_the_share_of_its_entropy(make, tokenizer, kind):
     model = make(kind)
-    rate = find(model, tokenizer, relative_kl=0.01)
+    # Completions of six tokens are few: a rate is off by up to a fifth, and the divergence by twice that.
+    rate = statistics.geometric_mean(find(model, tokenizer, relative_kl=0.01, seed=seed) for seed in range(6))
     model.eval()
     torch.manual_seed(1)
     rows = completions(model, tokenizer, len(PROMPTS))
@@ -73,7 +74,7 @@ def test_a_step_of_adam_at_the_rate_moves_the_policy_by_the_share_of_its_entropy
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     start = [parameter.detach().clone() for parameter in trained]
     exact = []
-    for _ in range(6):
+    for _ in range(10):
         # The gradient of a random reward, from the start.
         for (ids, first), reward in zip(rows, torch.randn(len(rows)), strict=True):
             logits = model(input_ids=ids[None]).logits[0, first - 1 : -1]
