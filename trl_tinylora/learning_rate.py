@@ -41,7 +41,7 @@ FIRST_TRIES = 4
 # Longest way from one try to the next; beyond it the divergence does not go with the square.
 MAX_FACTOR = 30.0
 # Gradients of random rewards: with few values, steps of equal length go unequally far in different directions.
-DIRECTIONS = 4
+DIRECTIONS = 8
 # In nats a completion: below it, rounding has a part in the ratio.
 LOWEST_ENTROPY = 1e-3
 
@@ -51,7 +51,7 @@ def find_learning_rate(
     processing_class: PreTrainedTokenizerBase,
     prompts: Sequence[Any],
     *,
-    relative_kl: float = 1e-3,
+    relative_kl: float = 3e-4,
     max_new_tokens: int = 256,
     temperature: float = 1.0,
     batch_size: int = 8,
@@ -61,7 +61,7 @@ def find_learning_rate(
     Returns the learning rate at which Adam's first step moves the policy by a given share of its entropy.
 
     For Adam and its like (AdamW, Lion) and for everything that is trained: TinyLoRA, LoRA, all weights. Takes one
-    generation, four backward passes and some ten forward passes over the prompts; the model is as before afterwards.
+    generation, eight backward passes and some ten forward passes over the prompts; the model is as before afterwards.
 
     Example:
 
@@ -76,7 +76,7 @@ def find_learning_rate(
         processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
         prompts (`Sequence`): Texts or conversations, as many as there are completions in a step of the training: with
             many trained values, a step on fewer completions moves each of them further.
-        relative_kl (`float`, *optional*, defaults to `1e-3`): KL divergence of a step over the entropy of a completion,
+        relative_kl (`float`, *optional*, defaults to `3e-4`): KL divergence of a step over the entropy of a completion,
             above 0.
         max_new_tokens (`int`, *optional*, defaults to `256`): Limit of a completion, as in training.
         temperature (`float`, *optional*, defaults to `1.0`): Of the sampling, above 0.

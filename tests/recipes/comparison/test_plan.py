@@ -99,7 +99,7 @@ def test_an_arm_whose_rates_are_found_has_no_rate_beside_how_far_its_steps_go():
     (arguments,) = trl.TrlParser((CompareArguments,)).parse_args_and_config(["--config", path])
     runs = {run.name: run for run in Plan(arguments).final(fixed_learning_rates(arguments))}
     found, given = runs["final-rl-one-13-seed1"].settings, runs["final-rl-13-seed1"].settings
-    assert found["relative_kl"] == 0.001 and "learning_rate" not in found
+    assert found["relative_kl"] == 0.0003 and "learning_rate" not in found
     assert given["learning_rate"] == 0.01 and "relative_kl" not in given
     assert found.keys() - {"relative_kl"} == given.keys() - {"learning_rate"}
 
