@@ -106,7 +106,8 @@ def find_learning_rate(
             _sample(model, processing_class, prompts[start : start + batch_size], max_new_tokens, temperature)
             for start in range(0, len(prompts), batch_size)
         ]
-        directions = [_direction(model, trained, batches, temperature) for _ in range(DIRECTIONS)]
+        count = min(DIRECTIONS, len(batches))
+        directions = [_direction(model, trained, batches, temperature) for _ in range(count)]
         starts = [parameter.detach().clone() for parameter in trained]
 
         def move(rate: float, direction: list[torch.Tensor]) -> None:
