@@ -104,6 +104,7 @@ results: $(INSTALLED)
 	$(BIN)/python recipes/compare.py --config recipes/toy/compare.yaml --output_dir recipes/toy/results --report_only \
 		--update_readme README.md
 	$(BIN)/python recipes/compare.py --config recipes/toy/compare_es.yaml --output_dir recipes/toy/evolution --report_only
+	$(BIN)/python recipes/compare.py --config recipes/toy/compare_rates.yaml --output_dir recipes/toy/rates --report_only
 	$(BIN)/python recipes/benchmark.py harness --update_docs docs/benchmarks.md --update_readme README.md
 	$(BIN)/python recipes/tables.py
 	$(BIN)/python docs/tree.py

@@ -65,9 +65,10 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict]:
     """Every final run of the comparison whose model is there."""
     base = weights_of(AutoModelForCausalLM.from_pretrained(arguments.base, dtype=torch.float32))
     cells: dict[tuple[str, str], dict] = {}
-    for path in sorted((arguments.results / "runs").glob("final-*.json")):
+    results = Path(arguments.results)
+    for path in sorted((results / "runs").glob("final-*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        folder = arguments.results / "work" / record["name"] / "model"
+        folder = results / "work" / record["name"] / "model"
         if not folder.is_dir():
             continue
         trained = weights_of(load(arguments.base, folder))
@@ -90,7 +91,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict]:
             cell["intruders"][f"{threshold:g}"].append(float((cosines < threshold).sum(1).double().mean()))
     if not cells:
         raise SystemExit(
-            f"error: {arguments.results / 'work'} holds no model of a final run: run the comparison here first"
+            f"error: {results / 'work'} holds no model of a final run: run the comparison here first"
         )
     found = sorted(cells.values(), key=lambda cell: (cell["trained_values"], cell["arm"]))
     means = {(cell["size"], cell["arm"]): statistics.mean(cell["intruders"]["0.5"]) for cell in found}
@@ -129,7 +130,7 @@ def table(record: dict) -> str:
 def main() -> None:
     """Measures, prints, writes."""
     parser = parser_of(__doc__, "intruders")
-    parser.add_argument("--results", type=Path, default=Path("results/toy-rates"), help="a comparison's output folder")
+    parser.add_argument("--results", default="results/toy-rates", help="a comparison's output folder")
     parser.add_argument("--base", default=str(TOY / "base"), help="the base model")
     run("intruders", parser.parse_args(), measure)
 

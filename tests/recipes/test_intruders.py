@@ -59,7 +59,7 @@ def test_the_models_of_a_comparison_are_read_and_its_seeds_averaged(base_folder,
             (tmp_path / "runs").mkdir(exist_ok=True)
             (tmp_path / "runs" / f"{name}.json").write_text(json.dumps(record))
     arguments = parser_of("", "intruders").parse_args([])
-    arguments.results, arguments.base = tmp_path, base_folder
+    arguments.results, arguments.base = str(tmp_path), base_folder
     rows, details = intruders.measure(arguments)
     tiny, lora = details["cells"]
     assert tiny["intruders"]["0.7"] == [0, 0] and min(lora["intruders"]["0.7"]) > 0.3
@@ -71,6 +71,6 @@ def test_the_models_of_a_comparison_are_read_and_its_seeds_averaged(base_folder,
 
 def test_without_models_the_comparison_is_asked_for(base_folder, tmp_path):
     arguments = parser_of("", "intruders").parse_args([])
-    arguments.results, arguments.base = tmp_path, base_folder
+    arguments.results, arguments.base = str(tmp_path), base_folder
     with pytest.raises(SystemExit, match="holds no model of a final run: run the comparison here first"):
         intruders.measure(arguments)

@@ -145,7 +145,9 @@ def test_random_values_are_as_long_as_the_trained_ones_of_their_seed(tmp_path):
     }
 
 
-@pytest.mark.parametrize(("name", "results"), [("compare", "results"), ("compare_es", "evolution")])
+@pytest.mark.parametrize(
+    ("name", "results"), [("compare", "results"), ("compare_es", "evolution"), ("compare_rates", "rates")]
+)
 def test_the_committed_records_of_the_toy_are_of_the_runs_that_its_yaml_plans(name, results):
     (arguments,) = trl.TrlParser((CompareArguments,)).parse_args_and_config(["--config", str(TOY / f"{name}.yaml")])
     planned, folder = Plan(arguments), TOY / results / "runs"
