@@ -1,7 +1,7 @@
 """The generated tables: memory and the launchers' matrix in docs/launchers.md, what vLLM samples in
 docs/merging-and-vllm.md, quantised bases in docs/bases.md, several runs in one batch in docs/many-adapters.md, searches
-without gradients in docs/evolution.md, learning rates in docs/learning-rate.md, the real model's comparison and the
-paper's numbers in the recipes.
+without gradients in docs/evolution.md, learning rates in docs/learning-rate.md, intruder dimensions in
+docs/intruders.md, the real model's comparison and the paper's numbers in the recipes.
 
 python recipes/tables.py           # renews what is not current
 python recipes/tables.py --check   # changes nothing; fails if one is not current
@@ -11,7 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks import quantised, sampling, shared_batch
+from benchmarks import intruders, quantised, sampling, shared_batch
 from benchmarks.harness import RESULTS
 from comparison import readme
 from paper import memory, published
@@ -44,6 +44,9 @@ def documents() -> dict[Path, str]:
     path = RECIPES.parent / "docs" / "many-adapters.md"
     records = [json.loads(found.read_text(encoding="utf-8")) for found in sorted(RESULTS.glob("shared_batch*.json"))]
     renewed[path] = replace_section(path.read_text(encoding="utf-8"), "shared", shared_batch.table(records))
+    path = RECIPES.parent / "docs" / "intruders.md"
+    record = json.loads((RESULTS / "intruders.json").read_text(encoding="utf-8"))
+    renewed[path] = replace_section(path.read_text(encoding="utf-8"), "intruders", intruders.table(record))
     path = RECIPES / "smollm2-135m-arithmetic" / "README.md"
     content = readme.recipe_content(_summary(path.parent / "results"))
     renewed[path] = replace_section(path.read_text(encoding="utf-8"), "comparison", content)

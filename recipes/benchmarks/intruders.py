@@ -24,7 +24,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl_tinylora.sources import ADAPTER_FILE
 
 
-TOY = Path(__file__).parents[1] / "toy"
 # Of each weight, the singular vectors with the largest singular values.
 VECTORS = 10
 THRESHOLDS = (0.5, 0.7, 0.9)
@@ -90,9 +89,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict]:
         for threshold in THRESHOLDS:
             cell["intruders"][f"{threshold:g}"].append(float((cosines < threshold).sum(1).double().mean()))
     if not cells:
-        raise SystemExit(
-            f"error: {results / 'work'} holds no model of a final run: run the comparison here first"
-        )
+        raise SystemExit(f"error: {results / 'work'} holds no model of a final run: run the comparison here first")
     found = sorted(cells.values(), key=lambda cell: (cell["trained_values"], cell["arm"]))
     means = {(cell["size"], cell["arm"]): statistics.mean(cell["intruders"]["0.5"]) for cell in found}
     claim = f"intruder dimensions among the first {VECTORS} singular vectors of a weight, cosine below 0.5: 13 values, "
@@ -131,7 +128,7 @@ def main() -> None:
     """Measures, prints, writes."""
     parser = parser_of(__doc__, "intruders")
     parser.add_argument("--results", default="results/toy-rates", help="a comparison's output folder")
-    parser.add_argument("--base", default=str(TOY / "base"), help="the base model")
+    parser.add_argument("--base", default="recipes/toy/base", help="the base model")
     run("intruders", parser.parse_args(), measure)
 
 

@@ -9,7 +9,7 @@ import pytest
 @pytest.mark.parametrize("arguments", [[], ["speed"]])
 def test_an_unknown_benchmark_is_answered_with_the_names(monkeypatch, arguments):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
-    with pytest.raises(SystemExit, match="one of build, .*, merge, quantised, sampling, saved, step; got"):
+    with pytest.raises(SystemExit, match="one of build, .*, merge, quantised, sampling, saved, shared_batch, step; got"):
         benchmark.main()
 
 
