@@ -88,7 +88,7 @@ def main(
     _refuse(script_args, args, model_args)
     refuse_missing(script_args, model_args)
     refuse_unfit_base(model_args.model_name_or_path, model_args.model_revision)
-    if args.use_vllm and args.vllm_mode == "server":
+    if args.is_served:
         refuse_unfit_server(args.vllm_server_base_url, model_args.model_name_or_path)
     config = build_peft_config(adapter_args, model_args)
     if not isinstance(config, TinyLoraConfig):
@@ -172,7 +172,7 @@ def _refuse(script_args: RLArguments, args: EvolutionArguments, model_args: trl.
             "others: drop use_vllm, or save what they stand for, `model.dequantize().save_pretrained(folder)`, and "
             "name that folder as model_name_or_path"
         )
-    if args.use_vllm and args.vllm_mode == "server":
+    if args.is_served:
         refuse_unfit_url(args.vllm_server_base_url)
     elif args.use_vllm:
         refuse_missing_vllm()
@@ -196,16 +196,8 @@ def _settings(
     script_args: RLArguments, args: EvolutionArguments, model_args: trl.ModelConfig, config: TinyLoraConfig
 ) -> dict:
     """All settings that candidates and rewards follow from; `max_steps` is not among them."""
-    others = {
-        "output_dir",
-        "max_steps",
-        "resume_from_checkpoint",
-        "disable_tqdm",
-        "dataset_test_split",
-        "rollouts",
-        "relative_kl",
-    }
-    others |= {"vllm_server_base_url", "vllm_gpu_memory_utilization"}
+    others = {"output_dir", "max_steps", "resume_from_checkpoint", "disable_tqdm", "dataset_test_split"}
+    others |= {"rollouts", "relative_kl", "vllm_server_base_url", "vllm_gpu_memory_utilization"}
     found = asdict(script_args) | asdict(args) | asdict(model_args)
     found |= {name: getattr(config, name) for name in CONFIG_FIELDS}
     # What JSON makes of them, which is what the log holds.

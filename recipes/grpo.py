@@ -77,7 +77,7 @@ def main(
     if training_args.use_vllm and isinstance(peft_config, TinyLoraConfig):
         trainer.add_callback(SamplingFidelityCallback(trainer))
     refuse_another_adapter(trainer.model, resume_from_checkpoint)
-    set_learning_rate(trainer, script_args, task.for_rl(train_rows, *asked)["prompt"])
+    set_learning_rate(trainer, script_args, train_rows)
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     if rollout is not None:
         rollout.close()

@@ -71,7 +71,7 @@ def main(
         callbacks=callbacks_for(adapter_args, training_args, f"{len(train_rows)} rows of {script_args.dataset_name}"),
     )
     refuse_another_adapter(trainer.model, resume_from_checkpoint)
-    set_learning_rate(trainer, script_args, task.for_rl(train_rows, *asked)["prompt"])
+    set_learning_rate(trainer, script_args, train_rows)
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
     trainer.save_state()

@@ -31,42 +31,42 @@ def documents() -> dict[Path, str]:
     Raises:
         ValueError: If a marker is missing.
     """
-    path = RECIPES.parent / "docs" / "launchers.md"
-    page = replace_section(path.read_text(encoding="utf-8"), "memory", memory.table())
-    matrix = json.loads(launchers.RECORD.read_text(encoding="utf-8"))
-    renewed = {path: replace_section(page, "distributed", launchers.table(matrix))}
-    path = RECIPES.parent / "docs" / "merging-and-vllm.md"
-    records = [json.loads(found.read_text(encoding="utf-8")) for found in sorted(RESULTS.glob("sampling*.json"))]
-    renewed[path] = replace_section(path.read_text(encoding="utf-8"), "sampling", sampling.table(records))
-    path = RECIPES.parent / "docs" / "bases.md"
-    record = json.loads((RESULTS / "quantised.json").read_text(encoding="utf-8"))
-    renewed[path] = replace_section(path.read_text(encoding="utf-8"), "quantised", quantised.table(record))
-    path = RECIPES.parent / "docs" / "many-adapters.md"
-    records = [json.loads(found.read_text(encoding="utf-8")) for found in sorted(RESULTS.glob("shared_batch*.json"))]
-    renewed[path] = replace_section(path.read_text(encoding="utf-8"), "shared", shared_batch.table(records))
-    path = RECIPES.parent / "docs" / "intruders.md"
-    record = json.loads((RESULTS / "intruders.json").read_text(encoding="utf-8"))
-    renewed[path] = replace_section(path.read_text(encoding="utf-8"), "intruders", intruders.table(record))
-    path = RECIPES / "smollm2-135m-arithmetic" / "README.md"
-    content = readme.recipe_content(_summary(path.parent / "results"))
-    renewed[path] = replace_section(path.read_text(encoding="utf-8"), "comparison", content)
-    path = RECIPES.parent / "docs" / "evolution.md"
-    content = readme.recipe_content(_summary(RECIPES / "toy" / "evolution"), "../recipes/toy/evolution")
-    renewed[path] = replace_section(path.read_text(encoding="utf-8"), "evolution", content)
-    path = RECIPES.parent / "docs" / "learning-rate.md"
-    summary = _summary(RECIPES / "toy" / "rates")
-    content = "**Not run.**" if summary is None else readme.rates_table(summary)
-    renewed[path] = replace_section(path.read_text(encoding="utf-8"), "rates", content)
+    docs, toy, real = RECIPES.parent / "docs", RECIPES / "toy", RECIPES / "smollm2-135m-arithmetic"
+    evolution, rates = _summary(toy / "evolution"), _summary(toy / "rates")
+    sections = [
+        (docs / "launchers.md", "memory", memory.table()),
+        (docs / "launchers.md", "distributed", launchers.table(_read(launchers.RECORD))),
+        (docs / "merging-and-vllm.md", "sampling", sampling.table(_records("sampling*.json"))),
+        (docs / "bases.md", "quantised", quantised.table(*_records("quantised.json"))),
+        (docs / "many-adapters.md", "shared", shared_batch.table(_records("shared_batch*.json"))),
+        (docs / "intruders.md", "intruders", intruders.table(*_records("intruders.json"))),
+        (real / "README.md", "comparison", readme.recipe_content(_summary(real / "results"))),
+        (docs / "evolution.md", "evolution", readme.recipe_content(evolution, "../recipes/toy/evolution")),
+        (docs / "learning-rate.md", "rates", "**Not run.**" if rates is None else readme.rates_table(rates)),
+    ]
+    renewed: dict[Path, str] = {}
+    for path, name, content in sections:
+        page = renewed.get(path) or path.read_text(encoding="utf-8")
+        renewed[path] = replace_section(page, name, content)
     numbers = published.read()
     for recipe in sorted({entry["recipe"] for entry in numbers["tables"]}):
         renewed[RECIPES / recipe / "README.md"] = published.renewed(recipe, numbers)
     return renewed
 
 
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _records(pattern: str) -> list[dict]:
+    """Of benchmarks, in the order of their names."""
+    return [_read(path) for path in sorted(RESULTS.glob(pattern))]
+
+
 def _summary(folder: Path) -> dict | None:
     """Of a comparison's results; None where there are none yet."""
     path = folder / "summary.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return _read(path) if path.is_file() else None
 
 
 def main() -> None:

@@ -119,6 +119,7 @@ def find_learning_rate(
             divergences, entropies = [], []
             # Each direction on its part of the completions.
             for batch, direction in zip(batches, itertools.cycle(directions), strict=False):
+                # Again for each rate: kept, the distributions of all tokens would not fit.
                 move(0.0, direction)
                 old_NV = _logprobs(model, *batch, temperature)
                 move(rate, direction)

@@ -46,23 +46,29 @@ def load(base: str, folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def best_cosines(trained_OI: torch.Tensor, base_OI: torch.Tensor, count: int = VECTORS) -> torch.Tensor:
+def left_vectors(weight_OI: torch.Tensor) -> torch.Tensor:
+    """A weight's left singular vectors, as columns by falling singular value."""
+    return torch.linalg.svd(weight_OI, full_matrices=False).U
+
+
+def best_cosines(trained_OI: torch.Tensor, base_OS: torch.Tensor, count: int = VECTORS) -> torch.Tensor:
     """
     Of each of the first left singular vectors of a trained weight, the largest |cosine| with any of the base's.
 
     Args:
-        trained_OI, base_OI (`torch.Tensor`): Weights, shape `(out_features, in_features)`.
+        trained_OI (`torch.Tensor`): The weight, shape `(out_features, in_features)`.
+        base_OS (`torch.Tensor`): The base's left singular vectors, shape `(out_features, vectors)`.
         count (`int`, *optional*, defaults to `10`): How many vectors.
     Returns:
         `torch.Tensor` of shape `(count,)`, from 0 to 1.
     """
-    trained, base = (torch.linalg.svd(weight, full_matrices=False).U for weight in (trained_OI, base_OI))
-    return (base.mT @ trained[:, :count]).abs().amax(dim=0)
+    return (base_OS.mT @ left_vectors(trained_OI)[:, :count]).abs().amax(dim=0)
 
 
 def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict]:
     """Every final run of the comparison whose model is there."""
     base = weights_of(AutoModelForCausalLM.from_pretrained(arguments.base, dtype=torch.float32))
+    vectors = {name: left_vectors(weight) for name, weight in base.items()}
     cells: dict[tuple[str, str], dict] = {}
     results = Path(arguments.results)
     for path in sorted((results / "runs").glob("final-*.json")):
@@ -71,7 +77,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict]:
         if not folder.is_dir():
             continue
         trained = weights_of(load(arguments.base, folder))
-        cosines = torch.stack([best_cosines(trained[name], base[name]) for name in base])
+        cosines = torch.stack([best_cosines(trained[name], vectors[name]) for name in base])
         moved = [float((trained[name] - base[name]).norm() / base[name].norm()) for name in base]
         cell = cells.setdefault(
             (record["size"], record["arm"]),

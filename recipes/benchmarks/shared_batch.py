@@ -10,6 +10,7 @@ model.
 """
 
 import argparse
+import statistics
 
 import torch
 from benchmarks.harness import Row, in_turns, parser_of, peak_bytes, ratio_of, run
@@ -53,7 +54,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict]:
     memory = {"together": peak_bytes(lambda: step(whole)), "one by one": peak_bytes(one_by_one)}
     ratio, spread = ratio_of(times["together"], times["one by one"])
     what = f"{arguments.name}: a step of {arguments.runs} runs of {arguments.rows} rows, all in one batch"
-    together, alone = (sorted(times[way])[len(times[way]) // 2] for way in ("together", "one by one"))
+    together, alone = (statistics.median(times[way]) for way in ("together", "one by one"))
     rows = [
         Row(f"{what}: time", together, alone, "a run at a time", "s", ratio, spread),
         Row(

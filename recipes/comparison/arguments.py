@@ -138,13 +138,16 @@ class CompareArguments(GenerationArguments):
                 raise ValueError(f"{where}.rate_key must be one of {', '.join(keys)}, got {arm['rate_key']!r}")
             _check_names(where, "sizes", arm, self.sizes)
             _check_names(where, "rates_of", arm, self.arms)
-            if "launcher" in arm and (arm.get("rate_key") or self.algorithm_of(name) == "es"):
-                raise ValueError(f"{where}.launcher is for a grpo.yaml or sft.yaml with a learning rate: drop it")
-            if "launcher" in arm and not Path(arm["launcher"]).is_file():
-                raise ValueError(f"{where}.launcher={arm['launcher']!r} is not there: name one of recipes/accelerate")
-            sizes = [self.sizes[size] for size in self.sizes_of(name)] if "launcher" in arm else []
-            if any(size["arguments"].get("adapter") == "full" for size in sizes):
-                raise ValueError(f"{where}.launcher is for adapters: leave full fine-tuning out of its sizes")
+            if "launcher" in arm:
+                self._check_launcher(name, where, arm)
+
+    def _check_launcher(self, name: str, where: str, arm: dict) -> None:
+        if arm.get("rate_key") or self.algorithm_of(name) == "es":
+            raise ValueError(f"{where}.launcher is for a grpo.yaml or sft.yaml with a learning rate: drop it")
+        if not Path(arm["launcher"]).is_file():
+            raise ValueError(f"{where}.launcher={arm['launcher']!r} is not there: name one of recipes/accelerate")
+        if any(self.sizes[size]["arguments"].get("adapter") == "full" for size in self.sizes_of(name)):
+            raise ValueError(f"{where}.launcher is for adapters: leave full fine-tuning out of its sizes")
 
     def _check_controls(self):
         for name, control in (self.controls or {}).items():

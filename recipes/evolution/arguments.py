@@ -68,11 +68,15 @@ class EvolutionArguments:
                 raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)}")
         if self.vllm_mode not in ("colocate", "server"):
             raise ValueError(f"vllm_mode must be 'colocate' or 'server', got {self.vllm_mode!r}")
-        is_server = self.use_vllm and self.vllm_mode == "server"
-        if is_server and not self.vllm_server_base_url:
+        if self.is_served and not self.vllm_server_base_url:
             raise ValueError("vllm_mode='server' needs an address: --vllm_server_base_url http://localhost:8000")
-        if self.vllm_server_base_url and not is_server:
+        if self.vllm_server_base_url and not self.is_served:
             raise ValueError(
                 f"vllm_server_base_url={self.vllm_server_base_url!r} is not used: set use_vllm to true and vllm_mode "
                 "to 'server', or drop it"
             )
+
+    @property
+    def is_served(self) -> bool:
+        """Whether a server of vLLM's samples."""
+        return self.use_vllm and self.vllm_mode == "server"

@@ -118,7 +118,7 @@ def make_sampler(
     if not args.use_vllm:
         return BatchSampler(generator, args.generation_batch_size)
     folder, prefix = folder_for_adapters(), new_prefix()
-    if args.vllm_mode == "server":
+    if args.is_served:
         engine = ServerEngine(args.vllm_server_base_url, folder, prefix)
         return VllmSampler(engine, generator)
     settings = engine_settings(model, "default", max_loras=population) | {

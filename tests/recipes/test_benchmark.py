@@ -9,7 +9,8 @@ import pytest
 @pytest.mark.parametrize("arguments", [[], ["speed"]])
 def test_an_unknown_benchmark_is_answered_with_the_names(monkeypatch, arguments):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
-    with pytest.raises(SystemExit, match="one of build, .*, merge, quantised, sampling, saved, shared_batch, step; got"):
+    names = "one of build, .*, merge, quantised, sampling, saved, shared_batch, step; got"
+    with pytest.raises(SystemExit, match=names):
         benchmark.main()
 
 
